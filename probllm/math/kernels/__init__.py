@@ -1,0 +1,1 @@
+"""The compiled recursions, each beside its torch twin in the folder above."""
