@@ -1,1 +1,31 @@
+"""Judging predictions: arrays in, numbers or pictures out. Nothing here knows a model."""
 
+from probllm.evaluation.arviz_data import to_arviz
+from probllm.evaluation.bootstrap import Difference, Estimate, bootstrap, paired_bootstrap
+from probllm.evaluation.calibration import ReliabilityCurve, expected_calibration_error, reliability_curve
+from probllm.evaluation.entities import SpanScores, span_counts, span_scores
+from probllm.evaluation.plots import plot_confusion, plot_learning, plot_marginals, plot_reliability
+from probllm.evaluation.tagging import accuracy, confusion_matrix, correct_tokens, token_nll, unpad
+
+__all__ = [
+    "Difference",
+    "Estimate",
+    "ReliabilityCurve",
+    "SpanScores",
+    "accuracy",
+    "bootstrap",
+    "confusion_matrix",
+    "correct_tokens",
+    "expected_calibration_error",
+    "paired_bootstrap",
+    "plot_confusion",
+    "plot_learning",
+    "plot_marginals",
+    "plot_reliability",
+    "reliability_curve",
+    "span_counts",
+    "span_scores",
+    "to_arviz",
+    "token_nll",
+    "unpad",
+]
