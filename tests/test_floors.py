@@ -35,7 +35,8 @@ NAMES_THAT_SAY_NOTHING = {"util", "utils", "helper", "helpers", "common", "misc"
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     """Each module of ours that ``source`` imports, with its line; ``module`` is its own dotted name, for relative
-    imports.""" for node in ast.walk(ast.parse(source)):
+    imports."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
