@@ -44,8 +44,8 @@ def unique_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"the state {name!r} is a {type(tensor).__name__}, expected a tensor")
-        if _place(tensor) not in seen:
-            seen.add(_place(tensor))
+        if memory_of(tensor) not in seen:
+            seen.add(memory_of(tensor))
             unique[name] = tensor.detach().cpu().contiguous()
     # Two views that overlap without being equal would be refused: give each memory of its own.
     return {name: tensor.clone() if _is_view(tensor) else tensor for name, tensor in unique.items()}
@@ -70,8 +70,8 @@ def read_weights(module: nn.Module, path: Path) -> None:
 def copy_weights(module: nn.Module, saved: Mapping[str, Tensor], origin: str) -> None:
     """Copy named tensors into a module's own, in place; ``origin`` is what an error calls them."""
     own = module.state_dict()
-    places = {_place(tensor) for name, tensor in own.items() if name in saved}
-    missing = sorted(name for name, tensor in own.items() if name not in saved and _place(tensor) not in places)
+    places = {memory_of(tensor) for name, tensor in own.items() if name in saved}
+    missing = sorted(name for name, tensor in own.items() if name not in saved and memory_of(tensor) not in places)
     surplus = sorted(saved.keys() - own.keys())
     if missing or surplus:
         raise ValueError(f"{origin} does not fit {type(module).__name__}: missing {missing}, not expected {surplus}")
@@ -87,7 +87,8 @@ def copy_weights(module: nn.Module, saved: Mapping[str, Tensor], origin: str) ->
             tensors[name].copy_(tensor)
 
 
-def _place(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
+    """What two names of one tensor have in common: the memory and how it is read."""
     if tensor.numel() == 0:
         return id(tensor)
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -1,1 +1,6 @@
+"""One loop for all models: optimisers, schedules, checkpoints, resuming."""
 
+from probllm.training.fit import fit
+from probllm.training.run import Run
+
+__all__ = ["Run", "fit"]

@@ -1,0 +1,163 @@
+"""Optimisers over the parameters of one or several models: each parameter once, decay where it belongs.
+
+Weight decay is left off biases, norms (whatever has fewer than two dimensions) and embeddings, whose rare rows it would
+shrink between two sights of a word. Parameters with sparse gradients (``nn.Embedding(sparse=True)``) go to SparseAdam
+where the optimiser for the others is AdamW, for that takes no sparse gradient; Adagrad and SGD take both.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+OptimiserName: TypeAlias = Literal["adamw", "adagrad", "sgd"]
+OptimiserFactory: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class Optimisers:
+    """The torch optimisers that train one group of parameters.
+
+    Args:
+        entries: parameters, or dicts of torch's kind (``{"params": [...], "lr": ..., "weight_decay": ...}``).
+        modules: the models they belong to, which tell what an embedding is and what has a name.
+        optimiser: ``"adamw"``, ``"adagrad"``, ``"sgd"`` (momentum 0.9), or a function from torch's parameter groups to
+            an optimiser, which then gets the dense parameters.
+        learning_rate, weight_decay: where an entry has none of its own.
+    Raises:
+        ValueError: if there is nothing to train.
+    """
+
+    def __init__(
+        self,
+        entries: Iterable[Any],
+        modules: Mapping[str, nn.Module],
+        optimiser: OptimiserName | OptimiserFactory,
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        embeddings, sparse = _embeddings(modules.values()), _sparse(modules.values())
+        groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+        self.parameters: list[nn.Parameter] = []
+        seen: set[int] = set()
+        for entry in entries:
+            options = dict(entry) if isinstance(entry, Mapping) else {"params": [entry]}
+            for parameter in options.pop("params"):
+                if id(parameter) in seen or not parameter.requires_grad:
+                    continue
+                seen.add(id(parameter))
+                self.parameters.append(parameter)
+                is_sparse = id(parameter) in sparse
+                bare = parameter.ndim < 2 or id(parameter) in embeddings or is_sparse
+                decay = 0.0 if is_sparse else options.get("weight_decay", 0.0 if bare else weight_decay)
+                rate = options.get("lr", learning_rate)
+                extra = {key: value for key, value in options.items() if key not in ("lr", "weight_decay")}
+                group = groups.setdefault(
+                    (rate, decay, is_sparse, *map(repr, extra.items())),  # type: ignore[arg-type]
+                    {"params": [], "lr": rate, "weight_decay": decay, **extra},
+                )
+                group["params"].append(parameter)
+        if not self.parameters:
+            raise ValueError("model has no parameter with requires_grad=True: there is nothing to train")
+        self.optimisers = _build(groups, optimiser)
+        self._dense_only = set() if optimiser in ("adagrad", "sgd") else seen - sparse
+        self._modules = modules
+        self._rates = [[group["lr"] for group in one.param_groups] for one in self.optimisers]
+
+    def set_rate(self, factor: float) -> None:
+        """Multiply every group's own learning rate by the factor."""
+        for one, rates in zip(self.optimisers, self._rates, strict=True):
+            for group, rate in zip(one.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+    def step(self) -> None:
+        """Move the parameters along their gradients."""
+        for one in self.optimisers:
+            one.step()
+
+    def clip(self, limit: float | None) -> float:
+        """Scale the gradients down to a norm of ``limit`` where they exceed it; the norm that they had."""
+        values: list[Tensor] = []
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
+                if id(parameter) in self._dense_only:
+                    raise ValueError(
+                        f"the gradient of {name_of(parameter, self._modules)} is sparse, which its optimiser does not "
+                        "take: set sparse=True on the layer that holds it, or train with optimiser='adagrad'"
+                    )
+                parameter.grad = parameter.grad.coalesce()
+                values.append(parameter.grad._values())
+            else:
+                values.append(parameter.grad)
+        norm = float(nn.utils.get_total_norm(values)) if values else 0.0
+        if limit is not None and norm > limit:
+            for value in values:
+                value.mul_(limit / norm)
+        return norm
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimisers' state: tensors by name, and JSON values by name."""
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, Any] = {}
+        for number, one in enumerate(self.optimisers):
+            for index, state in one.state_dict()["state"].items():
+                for key, value in state.items():
+                    place = tensors if isinstance(value, Tensor) else scalars
+                    place[f"{number}/{index}/{key}"] = value
+        return tensors, scalars
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Take back what ``state`` gave."""
+        states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimisers]
+        for name, value in (*tensors.items(), *scalars.items()):
+            number, index, key = name.split("/", 2)
+            states[int(number)].setdefault(int(index), {})[key] = value
+        for one, state in zip(self.optimisers, states, strict=True):
+            one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
+
+
+def name_of(parameter: Tensor, modules: Mapping[str, nn.Module]) -> str:
+    """What a parameter is called in the first of the modules that holds it."""
+    for prefix, module in modules.items():
+        for name, own in module.named_parameters():
+            if own is parameter:
+                return f"{prefix}.{name}" if prefix else name
+    return "a parameter without a name"
+
+
+def _build(
+    groups: Mapping[tuple[float, float, bool], dict[str, Any]], optimiser: OptimiserName | OptimiserFactory
+) -> list[torch.optim.Optimizer]:
+    dense = [group for (_, _, is_sparse, *_), group in groups.items() if not is_sparse]
+    sparse = [group for (_, _, is_sparse, *_), group in groups.items() if is_sparse]
+    if optimiser == "adagrad":
+        return [torch.optim.Adagrad([*dense, *sparse])]
+    if optimiser == "sgd":
+        # Momentum would make a sparse gradient's buffer dense.
+        return [torch.optim.SGD([*({"momentum": 0.9, **group} for group in dense), *sparse])]
+    built: list[torch.optim.Optimizer] = []
+    if dense:
+        if optimiser == "adamw":
+            plain = all(p.dtype in (torch.float32, torch.float64, torch.bfloat16) for g in dense for p in g["params"])
+            built.append(torch.optim.AdamW(dense, fused=plain))
+        elif callable(optimiser):
+            built.append(optimiser(dense))
+        else:
+            raise ValueError(f"optimiser is {optimiser!r}, expected 'adamw', 'adagrad', 'sgd' or a function")
+    if sparse:
+        for group in sparse:
+            group.pop("weight_decay")
+        built.append(torch.optim.SparseAdam(sparse))
+    return built
+
+
+def _embeddings(modules: Iterable[nn.Module]) -> set[int]:
+    layers = (layer for module in modules for layer in module.modules())
+    return {id(layer.weight) for layer in layers if isinstance(layer, (nn.Embedding, nn.EmbeddingBag))}
+
+
+def _sparse(modules: Iterable[nn.Module]) -> set[int]:
+    layers = (layer for module in modules for layer in module.modules())
+    return {id(p) for layer in layers if getattr(layer, "sparse", False) is True for p in layer.parameters(False)}
