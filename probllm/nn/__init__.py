@@ -1,5 +1,7 @@
 """Encoders, embeddings, attention, potentials: layers from ids and pictures to states, from states to scores."""
 
+from probllm.nn.attention import CrossAttention, SelfAttention
+from probllm.nn.cache import KeyValueCache
 from probllm.nn.config import Configurable, from_config, to_config
 from probllm.nn.convolution import ConvolutionEncoder
 from probllm.nn.embeddings import (
@@ -11,21 +13,33 @@ from probllm.nn.embeddings import (
 )
 from probllm.nn.encoder import Encoder
 from probllm.nn.feedforward import FeedForwardEncoder
+from probllm.nn.patches import PatchEmbedding, PatchEncoder
 from probllm.nn.potentials import ChainPotentials
 from probllm.nn.recurrent import RecurrentEncoder
+from probllm.nn.subwords import SubwordPooling, pool_subwords
+from probllm.nn.transformer import TransformerEncoder, TransformerLayer
 
 __all__ = [
     "ChainPotentials",
     "CharacterCNN",
     "Configurable",
     "ConvolutionEncoder",
+    "CrossAttention",
     "Encoder",
     "FeatureEmbedding",
     "FeedForwardEncoder",
+    "KeyValueCache",
+    "PatchEmbedding",
+    "PatchEncoder",
     "RecurrentEncoder",
+    "SelfAttention",
+    "SubwordPooling",
+    "TransformerEncoder",
+    "TransformerLayer",
     "VectorInputs",
     "WordEmbedding",
     "WordRepresentation",
     "from_config",
+    "pool_subwords",
     "to_config",
 ]
