@@ -1,5 +1,14 @@
 """Text and pictures to ids, tensors and batches: readers, vocabularies, and the embedded data sets."""
 
+from probllm.data.bio import (
+    Span,
+    bio_rules,
+    segmentation_from_spans,
+    spans_from_segmentation,
+    spans_from_tags,
+    tags_from_spans,
+)
+from probllm.data.captions import CaptionedImage, load_image, read_captioned_images
 from probllm.data.conll import TaggedSentence, TreebankSentence, read_conll, read_conllu, read_tagged, write_conll
 from probllm.data.dataset import Batch, Batches, Dataset, Example
 from probllm.data.digits import Digits, digits
@@ -9,6 +18,7 @@ from probllm.data.lines import LabelledText, read_labelled_lines, read_lines, re
 from probllm.data.pronunciations import Pronunciation, letters_to_phonemes, pronunciations, stress_tagging
 from probllm.data.python_reference import PythonReference, python_reference
 from probllm.data.splits import Split, random_split
+from probllm.data.subwords import Subwords, WordPieces
 from probllm.data.tagging import TaggingVocabulary
 from probllm.data.vocabulary import Vocabulary
 from probllm.data.word_classes import WordClasses
@@ -17,6 +27,7 @@ __all__ = [
     "TAGGING_TEMPLATES",
     "Batch",
     "Batches",
+    "CaptionedImage",
     "Dataset",
     "Digits",
     "Example",
@@ -25,20 +36,26 @@ __all__ = [
     "LabelledText",
     "Pronunciation",
     "PythonReference",
+    "Span",
     "Split",
+    "Subwords",
     "TaggedSentence",
     "TaggingVocabulary",
     "TreebankSentence",
     "Vocabulary",
     "WordClasses",
+    "WordPieces",
+    "bio_rules",
     "digits",
     "emoji_glyphs",
     "emoji_languages",
     "emoji_names",
     "letters_to_phonemes",
+    "load_image",
     "pronunciations",
     "python_reference",
     "random_split",
+    "read_captioned_images",
     "read_conll",
     "read_conllu",
     "read_labelled_lines",
@@ -46,6 +63,10 @@ __all__ = [
     "read_parallel_lines",
     "read_tagged",
     "read_text",
+    "segmentation_from_spans",
+    "spans_from_segmentation",
+    "spans_from_tags",
     "stress_tagging",
+    "tags_from_spans",
     "write_conll",
 ]

@@ -1,6 +1,6 @@
 """Emoji: names in the languages of the ``emoji`` package (BSD), pictures from the Noto Emoji font (OFL-1.1).
 
-With emoji 2.16 and manimgx-fonts 2026.9 there are 3,972 emoji named in 14 languages, and 1,386 pictures (1,593 forms, but
+With emoji 2.16 and manimgx-fonts 2026.9: 3,972 emoji named in 14 languages, and 1,386 pictures (of 1,593 forms, but
 207 of them ask by a variation selector for the same picture again). Ten pictures still repeat another: 👫 👬 👭, 💃 🕺.
 """
 

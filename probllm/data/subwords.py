@@ -1,0 +1,124 @@
+"""Subword units learned from text, through the ``tokenizers`` library.
+
+``bpe``: byte-pair encoding over bytes (Sennrich et al., 2016), lossless on any text. ``wordpiece``: (Wu et al., 2016).
+``unigram``: the unigram language model (Kudo, 2018). Ids 0 to 4 are the special units ``<pad>``, ``<unk>``, ``<bos>``,
+``<eos>`` and ``<mask>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from probllm.data.lines import FilePath
+from probllm.data.vocabulary import UNKNOWN, read_json, write_json
+
+SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<mask>")
+BOS, EOS, MASK = 2, 3, 4
+
+Kind: TypeAlias = Literal["bpe", "wordpiece", "unigram"]
+
+
+class WordPieces(NamedTuple):
+    """The units of a sentence of words, and for each unit which word it belongs to (from 0); every word has one."""
+
+    ids: list[int]
+    words: list[int]
+
+
+class Subwords:
+    """A trained subword tokeniser; made by ``train`` or ``load``."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], kind: Kind = "bpe", size: int = 8000) -> Subwords:
+        """Learn the units of a text.
+
+        Args:
+            texts: sentences or lines.
+            size: how many ids at most, special units included; ``bpe`` has 261 before it learns any.
+        Raises:
+            ValueError: for an unknown kind, a size too small or no text.
+        """
+        texts = list(texts)
+        if not any(text.strip() for text in texts):
+            raise ValueError("texts is empty: there is nothing to learn from")
+        least = {"bpe": 256 + len(SPECIAL), "wordpiece": len(SPECIAL) + 1, "unigram": len(SPECIAL) + 1}
+        if kind not in least:
+            raise ValueError(f"kind must be one of {', '.join(least)}, got {kind!r}")
+        if size < least[kind]:
+            raise ValueError(f"size must be at least {least[kind]} for {kind}, got {size}")
+        trainer: trainers.Trainer
+        if kind == "bpe":
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            trainer = trainers.BpeTrainer(
+                vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+            )
+        elif kind == "wordpiece":
+            tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL[UNKNOWN], max_input_chars_per_word=1000))
+            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            tokenizer.decoder = decoders.WordPiece(cleanup=False)
+            trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
+        else:
+            tokenizer = Tokenizer(models.Unigram())
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+            tokenizer.decoder = decoders.Metaspace()
+            trainer = trainers.UnigramTrainer(
+                vocab_size=size, special_tokens=list(SPECIAL), unk_token=SPECIAL[UNKNOWN], show_progress=False
+            )
+        tokenizer.train_from_iterator(texts, trainer=trainer)
+        return cls(tokenizer)
+
+    def __len__(self) -> int:
+        """The number of ids: the rows of an embedding table."""
+        return int(self.tokenizer.get_vocab_size())
+
+    def __repr__(self) -> str:
+        return f"Subwords({type(self.tokenizer.model).__name__}, {len(self)} ids)"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without ``<bos>`` and ``<eos>``."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_words(self, words: Sequence[str]) -> WordPieces:
+        """The ids of a sentence that is cut into words already, and the word of each."""
+        # Byte-level units carry the space before a word.
+        spaced = [f" {word}" for word in words] if isinstance(self.tokenizer.model, models.BPE) else list(words)
+        pieces = WordPieces([], [])
+        for index, encoding in enumerate(self.tokenizer.encode_batch(spaced, add_special_tokens=False)):
+            ids = encoding.ids or [UNKNOWN]
+            pieces.ids.extend(ids)
+            pieces.words.extend([index] * len(ids))
+        return pieces
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special units are left out."""
+        return str(self.tokenizer.decode([int(number) for number in ids], skip_special_tokens=True))
+
+    def units(self, ids: Iterable[int]) -> list[str]:
+        """The name of each unit, as the tokeniser holds it.
+
+        Raises:
+            ValueError: for an id outside of the vocabulary.
+        """
+        names = [(int(number), self.tokenizer.id_to_token(int(number))) for number in ids]
+        bad = [number for number, name in names if name is None]
+        if bad:
+            raise ValueError(f"ids must lie from 0 to {len(self) - 1}, got {bad[0]}")
+        return [str(name) for _, name in names]
+
+    def save(self, path: FilePath) -> None:
+        """Write the tokeniser to a JSON file."""
+        write_json(path, "Subwords", self.tokenizer.to_str())
+
+    @classmethod
+    def load(cls, path: FilePath) -> Subwords:
+        """Read what ``save`` wrote; ValueError if the file holds something else."""
+        return cls(Tokenizer.from_str(read_json(path, "Subwords")))
