@@ -84,9 +84,8 @@ class SecondOrderCRF(TorchDistribution):  # type: ignore[misc]
         create_graph = torch.is_grad_enabled() and self.log_partition.requires_grad
         emissions = self.emissions if self.emissions.requires_grad else self.emissions.detach().requires_grad_()
         with torch.enable_grad():
-            total = second_order.log_partition(*self._scores(emissions))
-        (gradient,) = torch.autograd.grad(total.sum(), emissions, create_graph=create_graph)
-        return gradient
+            total = second_order.log_partition(*self._scores(emissions)).sum()
+        return torch.autograd.grad(total, emissions, create_graph=create_graph)[0]
 
     @property
     def mode(self) -> Tensor:

@@ -3,9 +3,10 @@
     score(z) = start[z1] + second[z1, z2] + sum_{t>2} transitions[z_{t-2}, z_{t-1}, z_t] + sum_t emissions[t, z_t]
     alpha_t[j, k] = emissions[t, k] + logsumexp_i (alpha_{t-1}[i, j] + transitions[i, j, k])
 
-The state is the pair of the last two tags (Thede and Harper 1999, "A second-order hidden Markov model for part-of-speech
-tagging"), but pairs that disagree are never formed. The sum over i is one matrix product a step wherever that is certain
-to be exact (see ``_certified``), else a logsumexp. All runs in float64 and returns the caller's dtype; ``-inf`` forbids.
+The state is the pair of the last two tags (Thede and Harper 1999, "A second-order hidden Markov model for
+part-of-speech tagging"), but pairs that disagree are never formed. The sum over i is one matrix product a step wherever
+that is certain to be exact (see ``_certified``), else a logsumexp. All runs in float64 and returns the caller's dtype;
+``-inf`` forbids.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def viterbi(
 def sample(
     emissions: Tensor, start: Tensor, second: Tensor, transitions: Tensor, lengths: Tensor, count: int
 ) -> Tensor:
-    """``[count, *batch, T]`` exact draws, by filtering forward and sampling backward; padding and -1 as in ``viterbi``."""
+    """``[count, *batch, T]`` exact draws: filtered forward, drawn backward; padding and -1 as in ``viterbi``."""
     length, tags = emissions.shape[-2:]
     with torch.no_grad():
         first, alphas = forward(emissions, start, second, transitions, lengths)
