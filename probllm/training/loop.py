@@ -29,7 +29,8 @@ from probllm.training.schedule import Schedule, rate_factor
 from probllm.training.tasks import Epoch, Task, count_tokens, to_device
 
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
-CHECKPOINT_SECONDS = 10.0  # between two checkpoints, or more where writing one takes more than a twentieth of that
+CHECKPOINT_SECONDS = 10.0  # between two checkpoints, or longer, so that writing them takes no more than ...
+CHECKPOINT_SHARE = 0.05  # ... this part of the time
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,8 @@ class Loop:
         """Write all that the run needs to go on from here; nothing where there is no folder."""
         if self.folder is None:
             return
-        self._count_seconds()
+        if not self.finished:
+            self._count_seconds()
         began = time.perf_counter()
         tensors = {f"weights/{name}": tensor for name, tensor in self._weights().items()}
         scalars: dict[str, Any] = {}
@@ -339,7 +341,7 @@ class Loop:
         }
         save_checkpoint(self.folder, tensors, values)
         self._last_checkpoint = time.perf_counter()
-        self._pause = max(CHECKPOINT_SECONDS, 20 * (self._last_checkpoint - began))
+        self._pause = max(CHECKPOINT_SECONDS, (self._last_checkpoint - began) / CHECKPOINT_SHARE)
 
     def find_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The checkpoint in the folder, if there is one."""

@@ -1,0 +1,216 @@
+"""A run that was cut off goes on to the same numbers, bit for bit on one thread."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from probllm.training import Run, fit, loop
+from probllm.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
+from tests.models.battery import assert_equal_weights, weights
+from tests.training.tagging import TinyTagger, accuracy, tagged
+from tests.training.test_fit import numbers
+
+DATA, HELD_OUT = tagged(48), tagged(20, seed=1)
+SETTINGS = {
+    "epochs": 4,
+    "batch_size": 8,
+    "learning_rate": 0.05,
+    "metric": accuracy,
+    "ema": 0.8,
+    "seed": 5,
+    "progress": False,
+}
+
+
+class Cut(TinyTagger):
+    """Sends itself a signal in the midst of a step: of epoch 3 if ``at`` is 15 and an epoch has 6 steps."""
+
+    at = 0
+    sent = signal.SIGINT
+
+    def __init__(self, dropout: float = 0.3, sparse: bool = False) -> None:
+        super().__init__(dropout=dropout, sparse=sparse)
+        self.calls = 0
+
+    def loss(self, batch):
+        if self.training:
+            self.calls += 1
+            if self.calls == self.at:
+                signal.raise_signal(self.sent)
+        return super().loss(batch)
+
+
+def built(sparse: bool = False, at: int = 0) -> Cut:
+    torch.manual_seed(11)
+    model = Cut(sparse=sparse)
+    model.at = at
+    return model
+
+
+def whole_run(**changes) -> tuple[Run, dict]:
+    torch.set_num_threads(1)
+    model = built(changes.pop("sparse", False))
+    return fit(model, DATA, HELD_OUT, **{**SETTINGS, **changes}), weights(model)
+
+
+@pytest.mark.parametrize("at", [1, 6, 15, 24])
+@pytest.mark.parametrize("changes", [{}, {"sparse": True}, {"optimiser": "adagrad", "ema": None, "max_tokens": 30}])
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_numbers(tmp_path, at, changes):
+    reference, expected = whole_run(**changes)
+    options = {**SETTINGS, **changes}
+    sparse = options.pop("sparse", False)
+    with pytest.raises(KeyboardInterrupt):
+        fit(built(sparse, at), DATA, HELD_OUT, folder=tmp_path, **options)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    model = built(sparse)
+    torch.manual_seed(99)  # the checkpoint's generators count, not these
+    run = fit(model, DATA, HELD_OUT, folder=tmp_path, resume=True, **options)
+    assert numbers(run) == numbers(reference)
+    assert (run.best_epoch, run.best_value, run.tokens, run.steps) == (
+        reference.best_epoch,
+        reference.best_value,
+        reference.tokens,
+        reference.steps,
+    )
+    assert_equal_weights(weights(model), expected)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(run.history)
+
+
+def test_joint_training_goes_on_to_the_same_numbers(tmp_path):
+    def pair(at=0):
+        one = built(at=at)
+        other = TinyTagger(dim=6, dropout=0.2)
+        other.embedding = one.embedding
+        return {"one": one, "other": other}
+
+    data = {"one": DATA, "other": tagged(20, seed=4)}  # 6 steps and 3: the second is passed over twice
+    options = {**SETTINGS, "metric": None, "weights": {"one": 1.0, "other": 0.3}}
+    torch.set_num_threads(1)
+    reference = fit(whole := pair(), data, **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit(pair(at=10), data, folder=tmp_path, **options)
+    run = fit(models := pair(), data, folder=tmp_path, resume=True, **options)
+    assert numbers(run) == numbers(reference)
+    for name, model in models.items():
+        assert_equal_weights(weights(model), weights(whole[name]))
+
+
+def test_a_finished_run_is_read_back_and_not_repeated(tmp_path):
+    first = built()
+    reference = fit(first, DATA, HELD_OUT, folder=tmp_path, **SETTINGS)
+    model = built(at=1)
+    run = fit(model, DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
+    assert run == reference
+    assert_equal_weights(weights(model), weights(first))
+    assert not model.training
+
+
+def test_resume_without_a_checkpoint_starts_and_without_resume_starts_anew(tmp_path):
+    reference, expected = whole_run()
+    for options in ({"resume": True}, {"resume": False}):
+        model = built()
+        run = fit(model, DATA, HELD_OUT, folder=tmp_path, **options, **SETTINGS)
+        assert numbers(run) == numbers(reference)
+        assert_equal_weights(weights(model), expected)
+        with pytest.raises(KeyboardInterrupt):
+            fit(built(at=10), DATA, HELD_OUT, folder=tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.1}, "holds a run with learning_rate=0.05, not 0.1"),
+        ({"metric": None}, "metric='accuracy', not None"),
+        ({"seed": 6}, "seed=5, not 6"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, message):
+    with pytest.raises(KeyboardInterrupt):
+        fit(built(at=9), DATA, HELD_OUT, folder=tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=message):
+        fit(built(), DATA, HELD_OUT, folder=tmp_path, resume=True, **{**SETTINGS, **changes})
+    with pytest.raises(ValueError, match=r"len\(data\)=48, not 47"):
+        fit(built(), DATA[:47], HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
+    other = TinyTagger(dim=4)
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"other weights: .*embedding.weight"):
+        fit(other, DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
+    assert_equal_weights(weights(other), before)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    (tmp_path / CHECKPOINT_FILE).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors is not a checkpoint"):
+        fit(built(), DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
+
+
+CHILD = """
+import sys, time, torch
+from probllm.training import fit, loop
+from tests.training import test_resume as it
+loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SHARE = 0.0, 1e9
+torch.set_num_threads(1)
+def slowly(self, batch, loss=it.Cut.loss):
+    time.sleep(0.02)
+    return loss(self, batch)
+it.Cut.loss = slowly
+fit(it.built(), it.DATA, it.HELD_OUT, folder=sys.argv[1], **it.SETTINGS)
+"""
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_numbers(tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=root, env=environment)
+    try:
+        reference, expected = whole_run()
+        deadline = time.monotonic() + 60
+        while True:
+            assert child.poll() is None, "the child ended before it was killed"
+            assert time.monotonic() < deadline
+            found = load_checkpoint(tmp_path)
+            if found is not None and found[1]["epoch"] >= 1 and found[1]["position"] >= 2:
+                break
+            time.sleep(0.005)
+        os.kill(child.pid, signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert not found[1]["finished"]
+    model = built()
+    run = fit(model, DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
+    assert numbers(run) == numbers(reference)
+    assert_equal_weights(weights(model), expected)
+
+
+def test_every_checkpoint_in_a_run_leads_to_the_same_end(tmp_path, monkeypatch):
+    """Resumes from one checkpoint in each epoch and between two, not only from where a signal fell."""
+    reference, expected = whole_run()
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+    kept: list[bytes] = []
+    replace = os.replace
+
+    def keeping(source, target):
+        replace(source, target)
+        if Path(target).name == CHECKPOINT_FILE:
+            kept.append(Path(target).read_bytes())
+
+    monkeypatch.setattr("probllm.models.weights.os.replace", keeping)
+    fit(built(), DATA, HELD_OUT, folder=tmp_path, **SETTINGS)
+    monkeypatch.undo()
+    assert len(kept) == 24
+    for content in kept[::4]:
+        (tmp_path / CHECKPOINT_FILE).write_bytes(content)
+        model = built()
+        run = fit(model, DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
+        assert numbers(run) == numbers(reference)
+        assert_equal_weights(weights(model), expected)
