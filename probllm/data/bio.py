@@ -8,6 +8,7 @@ marks also the last word, ``E-x``, and an entity of one word, ``S-x``. A segment
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -139,7 +140,7 @@ def spans_from_segmentation(segmentation: Tensor | Sequence[int], labels: Sequen
     if bad:
         raise ValueError(f"segmentation must lie from 0 to {len(labels)}, got {bad[0]}")
     starts = [position for position, number in enumerate(numbers) if number]
-    segments = zip(starts, [*starts[1:], len(numbers)], strict=True)
+    segments = pairwise([*starts, len(numbers)])
     spans = [Span(start, stop, labels[numbers[start] - 1]) for start, stop in segments]
     return [span for span in spans if span.label != OUTSIDE]
 
