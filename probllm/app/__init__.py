@@ -1,1 +1,1 @@
-
+"""The face of the program: command line, comparisons and their report."""

@@ -132,7 +132,7 @@ def plot_marginals(
             y = rows.index(int(predicted[column]))
             wrong = gold is not None and int(gold[column]) != int(predicted[column])
             axes.plot(
-                column + 0.5, y + 0.5, marker="o", markersize=5, color=RED if wrong else "white", markeredgewidth=0
+                column + 0.5, y + 0.5, marker="o", markersize=5, color=RED if wrong else "black", markeredgewidth=0
             )
     rotation = 0 if max(map(len, tokens)) <= 3 else 60
     _ticks(axes, tokens, [labels[tag] for tag in rows], rotation=rotation)

@@ -1,0 +1,5 @@
+"""``python -m probllm`` is the command line."""
+
+from probllm.app.cli import main
+
+main()
