@@ -96,6 +96,8 @@ class Loop:
         trained = {id(p): p.numel() for each in self.optimisers.values() for p in each.parameters}
         self.run.parameters = sum(trained.values())
         self._parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
+        # The first optimiser of a process makes torch load its compiler, seconds that are not this run's.
+        self._clock = self._last_checkpoint = time.perf_counter()
 
     # Training.
 
