@@ -1,0 +1,305 @@
+"""Exact sums over the tag sequences of a linear chain.
+
+    score(x) = start(x_1) + sum_t e_t(x_t) + sum_t A_t(x_{t-1}, x_t) + end(x_n),     log Z = log sum_x exp score(x)
+
+``log_partition`` and ``expectations`` run the compiled recursions of ``kernels``: scaled in float32 where that is certified,
+else scaled in float64, else log space; the answer is the same. The derivative of log Z in each score is the expectation of that
+part (Lafferty, McCallum and Pereira 2001). Second derivatives, and everything on a GPU, go through the torch twin in
+``chain_torch``. Scores are ``[..., T, K]``; ``-inf`` forbids; a row in which nothing is allowed has log Z = -inf and expectations 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from probllm.math import chain_torch
+from probllm.math.chain_passes import Pass, forward_backward
+
+
+class Chain(NamedTuple):
+    """The scores of a batch of chains, brought to one shape: B = G R rows, of which R in a row share transitions."""
+
+    emissions: Tensor  # [B, T, K]
+    transitions: Tensor  # [G, S, K, K], S = 1 (shared by all steps) or T - 1
+    start: Tensor  # [B, K]
+    end: Tensor  # [B, K]
+    lengths: Tensor  # [B] long, on the CPU for kernels
+    batch_shape: torch.Size
+
+
+def as_chain(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Chain:
+    """Checks the shapes and dtypes of a chain's scores and broadcasts them.
+
+    Args:
+        emissions: ``[..., T, K]`` score of each tag at each step.
+        transitions: ``[K, K]``, ``[from, to]``, for all steps, or ``[..., T - 1, K, K]`` (or ``[..., 1, K, K]``).
+        start, end: ``[..., K]`` scores of the first and the last tag; 0 where missing.
+        lengths: ``[...]`` from 1 to T; T where missing.
+    Raises:
+        TypeError: for scores that are not floating point, or lengths that are not integers.
+        ValueError: for shapes that do not agree, or lengths out of range.
+    """
+    if emissions.dim() < 2:
+        raise ValueError(f"emissions: expected shape [..., T, K], got {list(emissions.shape)}")
+    steps, k = emissions.shape[-2:]
+    if steps < 1 or k < 1:
+        raise ValueError(f"emissions: expected T >= 1 and K >= 1, got shape {list(emissions.shape)}")
+    if transitions.dim() < 2 or transitions.shape[-2:] != (k, k):
+        raise ValueError(f"transitions: expected shape [{k}, {k}] or [..., {steps - 1}, {k}, {k}], got {list(transitions.shape)}")
+    if transitions.dim() > 2 and transitions.shape[-3] not in (1, steps - 1):
+        raise ValueError(
+            f"transitions: expected {steps - 1} steps (or 1 for all) at dimension -3, got shape {list(transitions.shape)}"
+        )
+    for name, score in (("emissions", emissions), ("transitions", transitions), ("start", start), ("end", end)):
+        if score is None:
+            continue
+        if not score.is_floating_point():
+            raise TypeError(f"{name}: expected floating-point scores, got {score.dtype}")
+        if score.device != emissions.device:
+            raise ValueError(f"{name}: expected device {emissions.device} as emissions, got {score.device}")
+        if name in ("start", "end") and (score.dim() < 1 or score.shape[-1] != k):
+            raise ValueError(f"{name}: expected shape [..., {k}], got {list(score.shape)}")
+    shared = transitions.dim() == 2
+    shapes = [emissions.shape[:-2], () if shared else transitions.shape[:-3]]
+    shapes += [score.shape[:-1] for score in (start, end) if score is not None]
+    if lengths is not None:
+        if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.is_complex():
+            raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+        shapes.append(lengths.shape)
+    if all(not shape or shape == shapes[0] for shape in shapes[1:]):
+        batch_shape = shapes[0]
+    else:
+        try:
+            batch_shape = torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            raise ValueError(
+                "batch shapes do not broadcast: "
+                + ", ".join(
+                    f"{name} {list(score.shape)}"
+                    for name, score in zip(
+                        ("emissions", "transitions", "start", "end", "lengths"),
+                        (emissions, transitions, start, end, lengths),
+                        strict=True,
+                    )
+                    if score is not None
+                )
+            ) from None
+    rows = math.prod(batch_shape)
+    dtype = emissions.dtype if emissions.dtype == torch.float64 else torch.float32
+    flat = emissions.to(dtype).expand(*batch_shape, steps, k).reshape(rows, steps, k)
+    if shared:
+        table = transitions.to(dtype).reshape(1, 1, k, k)
+    else:
+        own = transitions.shape[:-3]
+        own = (1,) * (len(batch_shape) - len(own)) + tuple(own)
+        kept = len(own)  # trailing batch dimensions along which the transitions do not vary are rows of one group
+        while kept and own[kept - 1] == 1:
+            kept -= 1
+        full = transitions.to(dtype).reshape(*own, *transitions.shape[-3:])
+        full = full.expand(*batch_shape[:kept], *own[kept:], *transitions.shape[-3:])
+        table = full.reshape(-1 if rows else max(1, math.prod(batch_shape[:kept])), *transitions.shape[-3:])
+    zero = flat.new_zeros(()).expand(rows, k)
+    starts = zero if start is None else start.to(dtype).expand(*batch_shape, k).reshape(rows, k)
+    ends = zero if end is None else end.to(dtype).expand(*batch_shape, k).reshape(rows, k)
+    if lengths is None:
+        flat_lengths = torch.full((rows,), steps, dtype=torch.long, device=emissions.device)
+    else:
+        flat_lengths = lengths.to(emissions.device, torch.long).expand(batch_shape).reshape(rows)
+        if not _is_wrapped(flat_lengths) and rows:
+            low, high = flat_lengths.aminmax()
+            if int(low) < 1 or int(high) > steps:
+                raise ValueError(f"lengths: expected values from 1 to {steps}, got values from {int(low)} to {int(high)}")
+    return Chain(flat, table, starts, ends, flat_lengths, torch.Size(batch_shape))
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether a torch.func transform hides the values of ``x``."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))  # type: ignore[attr-defined]
+
+
+def log_partition(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Log of the sum of exp(score) over all tag sequences, in nats.
+
+    Args:
+        emissions, transitions, start, end, lengths: as in ``as_chain``.
+    Returns:
+        ``[...]``; -inf where no sequence is allowed. Differentiable, twice and under ``torch.func``.
+    Raises:
+        TypeError, ValueError: as in ``as_chain``, and for scores that are NaN or +inf.
+    Source: Lafferty, McCallum and Pereira (2001); scaled recursion as in Rabiner (1989), section V.A.
+    """
+    chain = as_chain(emissions, transitions, start, end, lengths)
+    return chain_log_partition(chain).reshape(chain.batch_shape).to(emissions.dtype)
+
+
+def marginals(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Probability of each tag at each step, ``[..., T, K]``: the gradient of ``log_partition`` in the emissions; 0 on padding."""
+    chain = as_chain(emissions, transitions, start, end, lengths)
+    tags = chain_expectations(chain)[0]
+    return tags.reshape(*chain.batch_shape, *tags.shape[1:]).to(emissions.dtype)
+
+
+def chain_log_partition(chain: Chain) -> Tensor:
+    """``log_partition`` of scores already in shape: ``[B]``."""
+    if chain.emissions.device.type != "cpu":
+        return chain_torch.log_partition(*chain[:5])
+    result: Tensor = _LogPartition.apply(*chain[:5], [])
+    return result
+
+
+def chain_expectations(chain: Chain, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Expected parts of scores already in shape, each row times its weight (1 where missing); twice differentiable.
+
+    Returns:
+        Tags ``[B, T, K]``, and transitions ``[G, S, K, K]`` summed over the rows of a group (and over the steps where S = 1).
+    """
+    if weights is None:
+        weights = chain.emissions.new_ones(chain.emissions.shape[0])
+    if chain.emissions.device.type != "cpu":
+        tags, pairs, _, _ = chain_torch.expectations(weights, *chain[:5])
+    else:
+        tags, pairs, _, _ = _Expectations.apply(weights, *chain[:5])
+    return tags, pairs
+
+
+def _at_ends(tags: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The expected first and last tag, ``[B, K]`` each."""
+    last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, tags.shape[-1])
+    return tags[:, 0], tags.gather(1, last).squeeze(1)
+
+
+class _LogPartition(torch.autograd.Function):
+    """log Z of scores in the shape of ``Chain``; ``box`` carries the compiled pass from forward to backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor, box: list[Pass]
+    ) -> Tensor:
+        wanted = any(x.requires_grad for x in (emissions, transitions, start, end))
+        done = forward_backward(emissions, transitions, start, end, lengths, backward=2 if wanted else 0)
+        if wanted:
+            box.append(done)
+        return done.log_z.to(emissions.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+        ctx.box = inputs[5]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        emissions, transitions, start, end, lengths = ctx.saved_tensors
+        if torch.is_grad_enabled() or not ctx.box:  # someone will differentiate what this returns
+            tags, pairs, first, last = _Expectations.apply(grad, emissions, transitions, start, end, lengths)
+            return tags, pairs, first, last, None, None
+        done = ctx.box[0]
+        tags = done.tags(grad) if any(ctx.needs_input_grad[i] for i in (0, 2, 3)) else None
+        pairs = done.pairs(grad) if ctx.needs_input_grad[1] else None
+        first, last = _at_ends(tags, lengths) if tags is not None and any(ctx.needs_input_grad[2:4]) else (None, None)
+        return tags, pairs, first, last, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        emissions, transitions, start, end, lengths = ctx.saved_tensors
+        ones = emissions.new_ones(emissions.shape[0])
+        tags, _, first, last = _Expectations.apply(ones, emissions, transitions, start, end, lengths)
+        change = emissions.new_zeros(emissions.shape[0])
+        if tangents[0] is not None:
+            change = change + (tags * tangents[0]).sum((-1, -2))
+        if tangents[1] is not None:
+            change = change + chain_torch.directional(emissions, transitions, start, end, lengths, tangents[1])
+        for part, tangent in ((first, tangents[2]), (last, tangents[3])):
+            if tangent is not None:
+                change = change + (part * tangent).sum(-1)
+        return change
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        scores = _fold(info.batch_size, in_dims[:5], inputs[:5])
+        result = _LogPartition.apply(*scores, [])
+        return result.view(info.batch_size, -1), 0
+
+
+class _Expectations(torch.autograd.Function):
+    """weights * gradient of log Z: the first derivative of ``_LogPartition`` as a function that has derivatives itself."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        weights: Tensor, emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, ...]:
+        done = forward_backward(emissions, transitions, start, end, lengths, backward=2)
+        tags = done.tags(weights)
+        first, last = _at_ends(tags, lengths)
+        return tags, done.pairs(weights), first.clone(), last
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weights, emissions, transitions, start, end, lengths = ctx.saved_tensors
+
+        def expectations(w: Tensor, e: Tensor, a: Tensor, s: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+            return chain_torch.expectations(w, e, a, s, f, lengths)
+
+        _, pull = torch.func.vjp(expectations, weights, emissions, transitions, start, end)
+        return (*pull(grads), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        n = info.batch_size
+        weights = _fold_one(n, in_dims[0], inputs[0])
+        emissions, transitions, start, end, lengths = inputs[1:]
+        own = in_dims[2] is not None
+        if not own:  # each sample wants the expected transitions of its own rows
+            transitions, in_dims = transitions.expand(n, *transitions.shape), (*in_dims[:2], 0, *in_dims[3:])
+        scores = _fold(n, in_dims[1:], (emissions, transitions, start, end, lengths))
+        outputs = _Expectations.apply(weights, *scores)
+        return tuple(x.view(n, -1, *x.shape[1:]) for x in outputs), (0, 0, 0, 0)
+
+
+def _fold_one(n: int, dim: int | None, x: Tensor) -> Tensor:
+    """[b, ...] of each of n samples -> [n b, ...]."""
+    x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _fold(n: int, dims: tuple[int | None, ...], scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Turns the dimension that ``vmap`` adds into rows of the batch; shared transitions stay shared."""
+    emissions, transitions, start, end, lengths = scores
+    if dims[1] is None and transitions.shape[0] == 1:
+        table = transitions
+    else:
+        table = _fold_one(n, dims[1], transitions)
+    others = [_fold_one(n, d, x) for d, x in zip((dims[0], *dims[2:]), (emissions, start, end, lengths), strict=True)]
+    return others[0], table, *others[1:]
+
+
+# torch binds the arguments of every call to the signature; kept here so that it is not derived anew each time
+for _function in (_LogPartition, _Expectations):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
