@@ -4,7 +4,6 @@ The objective is the mean of the model's loss over mini-batches, minimised by Ad
 warm-up and a cosine schedule; a model that can set its weights in closed form or by EM does that instead.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +13,11 @@ import pyro
 import torch
 
 from probllm.training.checkpoint import CHECKPOINT_FILE
-from probllm.training.loop import METRICS_FILE, RUN_FILE, Loop, Settings
+from probllm.training.loop import METRICS_FILE, RUN_FILE, Loop
 from probllm.training.optimisers import OptimiserFactory, OptimiserName
 from probllm.training.run import Run
 from probllm.training.schedule import Schedule
+from probllm.training.settings import Settings
 from probllm.training.tasks import as_tasks
 
 
@@ -92,26 +92,18 @@ def fit(
         FloatingPointError: if the loss or a gradient is not finite; the message names epoch, batch and parameter.
         KeyboardInterrupt: after Ctrl-C.
     """
-    _check(epochs, batch_size, max_tokens, learning_rate, weight_decay, warmup, clip, patience, ema, seed)
-    for name, choice, choices in (("schedule", schedule, ("cosine", "constant")), ("mode", mode, ("max", "min"))):
-        if choice not in choices:
-            raise ValueError(f"{name} is {choice!r}, expected one of {choices}")
-    if not callable(optimiser) and optimiser not in ("adamw", "adagrad", "sgd"):
-        raise ValueError(f"optimiser is {optimiser!r}, expected 'adamw', 'adagrad', 'sgd' or a function")
-    if metric is not None and not callable(metric):
-        raise TypeError(f"metric is a {type(metric).__name__}, expected a function metric(model, validation) -> float")
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    mixed = where.type == "cuda" if mixed_precision is None else mixed_precision
+    settings = Settings(
+        epochs, batch_size, max_tokens, learning_rate, weight_decay, optimiser, schedule, warmup, clip, patience,
+        metric, mode, ema, mixed, seed,
+    )  # fmt: skip
     if validation is None and (patience is not None or metric is not None):
         raise ValueError(f"{'patience' if metric is None else 'metric'} is given, but validation is None")
     if resume and folder is None:
         raise ValueError("resume=True needs the folder of the run to go on with")
     tasks = as_tasks(model, data, validation, weights)
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    mixed = where.type == "cuda" if mixed_precision is None else mixed_precision
     place = Path(folder) if folder is not None else None
-    settings = Settings(
-        epochs, batch_size, max_tokens, learning_rate, weight_decay, optimiser, schedule, warmup, clip, patience,
-        metric, mode, ema, mixed, seed,
-    )  # fmt: skip
 
     pyro.set_rng_seed(seed)
     for task in tasks:
@@ -160,35 +152,3 @@ def _estimate(loop: Loop) -> bool:
     loop.finished = True
     loop.record()
     return True
-
-
-def _check(
-    epochs: int,
-    batch_size: int | None,
-    max_tokens: int | None,
-    learning_rate: float,
-    weight_decay: float,
-    warmup: float,
-    clip: float | None,
-    patience: int | None,
-    ema: float | None,
-    seed: int,
-) -> None:
-    integers = {"epochs": epochs, "batch_size": batch_size, "max_tokens": max_tokens, "patience": patience}
-    for name, value in integers.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed!r}, expected a whole number from 0 to 2**32 - 1")
-    bounds: list[tuple[str, float | None, str, Callable[[float], bool]]] = [
-        ("learning_rate", learning_rate, "above 0", lambda x: x > 0),
-        ("weight_decay", weight_decay, "of at least 0", lambda x: x >= 0),
-        ("warmup", warmup, "in [0, 1)", lambda x: 0 <= x < 1),
-        ("clip", clip, "above 0", lambda x: x > 0),
-        ("ema", ema, "strictly between 0 and 1", lambda x: 0 < x < 1),
-    ]
-    for name, number, expected, holds in bounds:
-        if number is None and name in ("clip", "ema"):
-            continue
-        if not isinstance(number, (int, float)) or not math.isfinite(number) or not holds(number):
-            raise ValueError(f"{name} is {number!r}, expected a finite number {expected}")

@@ -5,15 +5,13 @@ number generators; a checkpoint between two steps holds just these, so that the 
 run that was not killed.
 """
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,43 +20,16 @@ from probllm.models.model import Batch, batch_size
 from probllm.models.weights import memory_of, write_atomically
 from probllm.training.averaging import MovingAverage
 from probllm.training.checkpoint import load_checkpoint, restore_random_states, save_checkpoint
-from probllm.training.optimisers import OptimiserFactory, OptimiserName, Optimisers, name_of
+from probllm.training.optimisers import Optimisers, name_of
 from probllm.training.progress import ProgressBar, delayed_interrupt
 from probllm.training.run import Run
-from probllm.training.schedule import Schedule, rate_factor
+from probllm.training.schedule import rate_factor
+from probllm.training.settings import Settings
 from probllm.training.tasks import Epoch, Task, count_tokens, to_device
 
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints, or longer, so that writing them takes no more than ...
 CHECKPOINT_SHARE = 0.05  # ... this part of the time
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of ``fit`` that decide its numbers."""
-
-    epochs: int
-    batch_size: int | None
-    max_tokens: int | None
-    learning_rate: float
-    weight_decay: float
-    optimiser: OptimiserName | OptimiserFactory
-    schedule: Schedule
-    warmup: float
-    clip: float | None
-    patience: int | None
-    metric: Callable[[Any, Any], float] | None
-    mode: Literal["max", "min"]
-    ema: float | None
-    mixed_precision: bool
-    seed: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values; functions by their names."""
-        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return {
-            key: getattr(value, "__name__", "function") if callable(value) else value for key, value in values.items()
-        }
 
 
 class Loop:

@@ -111,6 +111,14 @@ def test_a_pyro_module_without_a_name_shares_its_twins_parameters_and_a_model_do
     assert not torch.equal(Ours()(), Ours()())
 
 
+def test_two_models_in_one_trace_have_parameters_of_their_own_names():
+    one, other = TinyTagger(), TinyTagger()
+    with poutine.trace(param_only=True) as both:
+        one(BATCH), other(BATCH)
+    held = {id(site["value"].unconstrained()) for site in both.trace.nodes.values()}
+    assert held == {id(parameter) for model in (one, other) for parameter in model.parameters()}
+
+
 def test_models_that_hold_the_same_module_share_it_under_svi():
     one, other = TinyTagger(), TinyTagger()
     other.embedding = one.embedding

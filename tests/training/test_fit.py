@@ -97,6 +97,17 @@ def test_a_plain_module_with_a_loss_is_trained():
     assert model.slope.weight.item() == pytest.approx(3, abs=0.05)
 
 
+def test_mixed_precision_trains_nearly_alike_and_keeps_float32_weights():
+    losses = []
+    for mixed in (False, True):
+        torch.manual_seed(0)
+        model = TinyTagger(dim=16)
+        losses.append([row["loss"] for row in fit(model, DATA, HELD_OUT, mixed_precision=mixed, **QUICK).history])
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
 # Validation.
 
 
