@@ -102,4 +102,6 @@ def in_transform(*tensors: Tensor) -> bool:
     Fused kernels lack batching rules and forward derivatives, and a batched tensor cannot say its values; under a
     transform the layers therefore take plain tensor operations to the same result.
     """
+    if torch.compiler.is_compiling():
+        return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
