@@ -2,7 +2,9 @@
 
 Groups of heads may share keys and values (grouped-query attention: Ainslie et al., 2023). The fused kernels of
 ``scaled_dot_product_attention`` serve it; plain products take over when the weights are asked for or a ``torch.func``
-transform looks on. A position with nothing to attend to gets 0, never NaN. Source: Vaswani et al. (2017), section 3.2.
+transform looks on. A position with nothing to attend to gets 0, never NaN. The CPU's fused kernel has no second
+derivative: for ``create_graph=True`` use ``torch.func`` or ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+Source: Vaswani et al. (2017), section 3.2.
 """
 
 import torch

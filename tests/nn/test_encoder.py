@@ -243,6 +243,26 @@ def test_bfloat16_stays_bfloat16(name):
     assert states.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [*BOTH_WAYS, *CAUSAL])
+def test_mixed_precision_gives_finite_states_and_gradients(name):
+    encoder, inputs = build(name).float(), draw_inputs(2, 4)
+    mask = torch.tensor([[True] * 4, [False, True, True, False]])
+    with torch.autocast("cpu", torch.bfloat16):
+        states = encoder(inputs, mask)
+    torch.testing.assert_close(states.float(), encoder(inputs, mask), rtol=0.1, atol=0.1)
+    states.float().pow(2).sum().backward()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["convolution", "transformer_causal"])
+def test_an_encoder_compiles_as_one_graph(name):
+    encoder, inputs = build(name), draw_inputs(2, 4)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    expected = encoder(inputs, mask)
+    encoder.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(encoder(inputs, mask), expected)
+
+
 @every_encoder
 def test_bad_inputs_raise_at_the_door_by_name(name):
     encoder, inputs = build(name), draw_inputs(2, 4)
