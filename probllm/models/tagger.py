@@ -1,0 +1,180 @@
+"""What the taggers given the words share: emission scores from encoders, and a story in which the tags are all of it.
+
+    tags | words ~ law(words),    emissions(words) = W encoder(words) + b + scores(words)
+
+``scores`` is an encoder with one state unit a tag, whose states are scores as they are. With hashed indicator features
+it is the classical log-linear tagger (Ratnaparkhi, 1996; Lafferty, McCallum and Pereira, 2001), trained as such: no
+layer stands between a feature's weights and the tags.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyro
+import torch
+from torch import Tensor
+
+from probllm.distributions import LinearChainCRF
+from probllm.math.masks import lengths_from_mask
+from probllm.models.model import Batch, Model
+from probllm.nn.encoder import Encoder, in_transform
+from probllm.nn.potentials import ChainPotentials
+
+Decoding = Literal["viterbi", "posterior"]
+
+
+class Tagger(Model):
+    """A law over tag sequences given the words; ``CRFTagger`` and ``SoftmaxTagger`` say which.
+
+    A batch is ``{"inputs": ..., "mask": [B, L], "tags": [B, L]}``, ``inputs`` as the encoders take them. A tag of -1 is
+    not known; ``allowed`` bool ``[B, L, K]`` says which tags a position may have. What is known in part is observed as
+    such: the program's factor is the probability of all sequences that agree, and ``tags`` are drawn from the law given
+    that, at no cost (masked). Without ``tags`` and ``allowed`` they are sampled.
+
+    Args:
+        encoder: the network whose states a linear layer scores, or None.
+        num_tags: K.
+        scores: an encoder of ``dim`` K, whose states are added to the emissions as they are, or None.
+        potentials: from the states to the law's scores.
+    Raises:
+        ValueError: if there is neither an encoder nor scores, or ``scores.dim`` is not ``num_tags``.
+    """
+
+    def __init__(
+        self, encoder: Encoder | None, num_tags: int, scores: Encoder | None, potentials: ChainPotentials
+    ) -> None:
+        super().__init__()
+        if encoder is None and scores is None:
+            raise ValueError("encoder and scores are both None: expected at least one of them")
+        if scores is not None and scores.dim != num_tags:
+            raise ValueError(f"scores.dim is {scores.dim}, expected num_tags = {num_tags}: one score a tag")
+        self.num_tags = num_tags
+        self.encoder, self.scores, self.potentials = encoder, scores, potentials
+
+    # The Pyro program.
+
+    def forward(self, batch: Batch) -> Tensor:
+        law = self.law(batch)
+        observed, allowed = self._known(batch)
+        with self.plate(batch):
+            if allowed is not None:
+                pyro.factor("known_tags", law.log_prob_partial(allowed))
+                law = law.condition(allowed=allowed).mask(False)
+            tags: Tensor = pyro.sample("tags", law, obs=observed)
+            return tags
+
+    def guide(self, batch: Batch) -> None:
+        law = self.law(batch)
+        _, allowed = self._known(batch)
+        if allowed is not None:
+            with self.plate(batch):
+                pyro.sample("tags", law.condition(allowed=allowed).mask(False))
+
+    def law(self, batch: Batch) -> LinearChainCRF:
+        """The exact law of the tags given the words alone, of batch shape ``[B]``."""
+        emissions, transitions, start, end = self._scores(batch)
+        return LinearChainCRF(emissions, transitions, start, end, lengths=self._lengths(batch, emissions))
+
+    # The verbs.
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        """Log probability of the known tags given the words, ``[B]``, in nats; what is not known is summed out.
+
+        Raises:
+            ValueError: if the batch has neither ``tags`` nor ``allowed``.
+        """
+        law = self.law(batch)
+        observed, allowed = self._known(batch)
+        if allowed is not None:
+            return law.log_prob_partial(allowed)
+        if observed is None:
+            raise ValueError(f"batch has no tags to score; its keys are {sorted(batch)}")
+        return law.log_prob(observed)
+
+    def token_log_prob(self, batch: Batch) -> Tensor:
+        """Log posterior probability of each tag by itself, ``[B, L]``, in nats; 0 at padding.
+
+        Raises:
+            ValueError: if the batch has no ``tags``, or a tag that is not known.
+        """
+        tags = batch.get("tags")
+        real = self._mask(batch, tags)
+        if tags is None or bool((tags < 0)[real].any()):
+            raise ValueError("batch must have known tags at every real position")
+        own = self.marginals({**batch, "allowed": None}).gather(-1, torch.where(real, tags, 0).unsqueeze(-1))
+        return torch.where(real, own.squeeze(-1), 1.0).log()
+
+    def predict(self, batch: Batch, decoding: Decoding = "viterbi") -> Tensor:
+        """Tags ``[B, L]``, 0 at padding; the tags in the batch are not looked at, but what it says is allowed is.
+
+        Args:
+            batch: words, perhaps with ``allowed``.
+            decoding: ``"viterbi"``, the most probable sequence (-1 where none is possible), or ``"posterior"``, at each
+                position the most probable tag, which errs least often (the minimum Bayes risk for Hamming loss).
+        """
+        check_decoding(decoding)
+        law = self._posterior(batch)
+        return law.mode if decoding == "viterbi" else law.marginals.argmax(-1)
+
+    def marginals(self, batch: Batch) -> Tensor:
+        """Probability of each tag at each position, ``[B, L, K]``; 0 at padding."""
+        return self._posterior(batch).marginals
+
+    def sample(self, n: int, batch: Batch | None = None) -> Tensor:
+        """``[n, B, L]`` tag sequences drawn given the words."""
+        if batch is None:
+            raise ValueError("batch is None: a tagger needs words, whose tags it draws")
+        return self._posterior(batch).sample((n,))
+
+    # Within.
+
+    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        inputs, mask = batch["inputs"], batch.get("mask")
+        direct = None if self.scores is None else self.scores(inputs, mask)
+        if self.encoder is None:
+            assert direct is not None
+            scores: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = self.potentials(direct)
+            return scores
+        emissions, *others = self.potentials(self.encoder(inputs, mask))
+        return (emissions if direct is None else emissions + direct, *others)
+
+    def _posterior(self, batch: Batch) -> LinearChainCRF:
+        law, allowed = self.law(batch), batch.get("allowed")
+        return law if allowed is None else law.condition(allowed=allowed)
+
+    def _lengths(self, batch: Batch, emissions: Tensor) -> Tensor:
+        mask = batch.get("mask")
+        if mask is None:
+            return torch.full(emissions.shape[:1], emissions.shape[1], device=emissions.device)
+        return lengths_from_mask(mask)
+
+    def _mask(self, batch: Batch, like: Tensor | None) -> Tensor:
+        mask = batch.get("mask")
+        if mask is None:
+            if like is None:
+                raise ValueError(f"batch has neither mask nor tags; its keys are {sorted(batch)}")
+            mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+        return mask
+
+    def _known(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """The tags if all are known, else what they may be, ``[B, L, K]``; two times None if nothing is given."""
+        tags, allowed = batch.get("tags"), batch.get("allowed")
+        if tags is None:
+            return None, allowed
+        if in_transform(tags):  # their values cannot be looked at
+            return tags, None
+        real = torch.where(self._mask(batch, tags), tags, 0)
+        low, high = (int(bound) for bound in torch.aminmax(real))
+        if low < -1 or high >= self.num_tags:
+            raise ValueError(f"tags lie from {low} to {high}; expected 0 to {self.num_tags - 1}, or -1 for unknown")
+        if low >= 0 and allowed is None:
+            return real, None
+        own = (real.unsqueeze(-1) < 0) | (real.unsqueeze(-1) == torch.arange(self.num_tags, device=real.device))
+        return None, own if allowed is None else own & allowed
+
+
+def check_decoding(decoding: str) -> None:
+    """Raise unless ``decoding`` is one that taggers know."""
+    if decoding not in ("viterbi", "posterior"):
+        raise ValueError(f"decoding is {decoding!r}, expected 'viterbi' or 'posterior'")
