@@ -97,7 +97,9 @@ def as_chain(
             ) from None
     rows = math.prod(batch_shape)
     dtype = emissions.dtype if emissions.dtype == torch.float64 else torch.float32
-    flat = emissions.to(dtype).expand(*batch_shape, steps, k).reshape(rows, steps, k)
+    flat = emissions if emissions.dtype == dtype else emissions.to(dtype)
+    if flat.dim() != 3 or flat.shape[0] != rows:
+        flat = flat.expand(*batch_shape, steps, k).reshape(rows, steps, k)
     if shared:
         table = transitions.to(dtype).reshape(1, 1, k, k)
     else:
@@ -146,7 +148,8 @@ def log_partition(
     Source: Lafferty, McCallum and Pereira (2001); scaled recursion as in Rabiner (1989), section V.A.
     """
     chain = as_chain(emissions, transitions, start, end, lengths)
-    return chain_log_partition(chain).reshape(chain.batch_shape).to(emissions.dtype)
+    log_z = chain_log_partition(chain)
+    return log_z if len(chain.batch_shape) == 1 and log_z.dtype == emissions.dtype else log_z.view(chain.batch_shape).to(emissions.dtype)
 
 
 def marginals(

@@ -26,27 +26,30 @@ class ScaledPart:
     alpha: Tensor  # [N, T, P], padded with 0 from K to whole vectors
     weights: Tensor  # [N, T, P]
     table: Tensor  # [G, S, K, P]
+    back: Tensor  # [G, S, K, P]: the same, transposed
     good: Tensor | None = None  # [N] rows that are certified, None for all
 
-    def pairs(self, row_weights: Tensor | None) -> Tensor:
-        """Expected transitions ``[G, S, K, K]``."""
+    def pairs(self, row_weights: Tensor) -> Tensor:
+        """Expected transitions ``[G, S, K, K]``, summed over the rows of a group, each times its weight."""
         n, steps, width = self.alpha.shape
         groups, times, k, _ = self.table.shape
         if steps == 1:
             return self.table.new_zeros(groups, times, k, k)
-        weights = self.weights
-        if row_weights is not None:
-            weights = weights * row_weights.to(weights.dtype).view(-1, 1, 1)
-        if times == 1:
+        one_weight = row_weights.stride() == (0,)
+        weights = self.weights if one_weight else self.weights * row_weights.to(self.weights.dtype).view(-1, 1, 1)
+        if groups == times == 1:
             # weights[:, 0] is 0, so the step from one row's last position to the next row's first adds nothing
-            before = self.alpha.view(groups, -1, width)[:, :-1]
-            after = weights.view(groups, -1, width)[:, 1:]
-            sums = torch.matmul(before.transpose(1, 2), after).unsqueeze(1)
+            sums = torch.mm(self.alpha.view(-1, width)[:-1].t(), weights.view(-1, width)[1:]).view(1, 1, width, width)
+        elif times == 1:
+            sums = torch.bmm(self.alpha.view(groups, -1, width)[:, :-1].mT, weights.view(groups, -1, width)[:, 1:]).unsqueeze(1)
         else:
             before = self.alpha.view(groups, n // groups, steps, width)[:, :, :-1].permute(0, 2, 3, 1)
             after = weights.view(groups, n // groups, steps, width)[:, :, 1:].permute(0, 2, 1, 3)
             sums = torch.matmul(before, after)
-        return sums[..., :k, :k] * self.table[..., :k]
+        if width != k:
+            sums = sums[..., :k, :k]
+        table = self.table[..., :k]
+        return sums * (table * row_weights[0].to(table.dtype) if one_weight else table)
 
 
 @dataclass
@@ -55,6 +58,7 @@ class LogPart:
 
     rows: Tensor  # [N] of the batch
     alpha: Tensor  # [N, T, K] logarithms
+    back: Tensor  # [G, S, K, K]: transposed transitions in float64
     expected: Tensor  # [N, S, K, K]
 
 
@@ -104,141 +108,124 @@ def forward_backward(
     Raises:
         ValueError: for scores that are NaN or +inf.
     """
-    emissions, transitions, start, end, lengths = (
-        x.detach().contiguous() for x in (emissions, transitions, start, end, lengths)
-    )
+    arrays = [x.detach().contiguous().numpy() for x in (emissions, transitions, start, end, lengths)]
+    scores, transitions_ = [arrays[0], *arrays[2:]], arrays[1]
     rows, steps, k = emissions.shape
     groups = transitions.shape[0]
-    log_z = torch.empty(rows, dtype=torch.float64)
-    done = Pass(log_z, emissions.new_empty(0), groups, [], None, emissions.dtype)
+    done = Pass(torch.empty(0), torch.empty(0), groups, [], None, emissions.dtype)
     if rows == 0:
         return _nothing(done, transitions)
-    left: Tensor | None = None  # rows still to do; None for all
-    dtype = emissions.dtype
+    left: np.ndarray | None = None  # rows still to do; None for all
+    dtype: type = arrays[0].dtype.type
     while True:
-        zeros = dtype == torch.float64
-        *tables, forbids = _tables(transitions, dtype)
+        zeros = dtype is np.float64
+        tables, forbids = _tables(transitions_, dtype)
         if forbids and not zeros:
-            dtype = torch.float64
+            dtype = np.float64
             continue
-        scores = (emissions, start, end, lengths)
-        if left is not None:
-            scores = tuple(x[left] for x in scores)
+        if left is None:
+            its = scores
+        else:
+            its = [x[left] for x in scores]
             if groups > 1:
                 tables = [x[left // (rows // groups)] for x in tables]
-        part, found, marginals, flags = _scaled(scores, tuple(tables), zeros, dtype, backward)
+        part, log_z, marginals, flags = _scaled(its, tables, zeros, dtype, backward)
+        flagged = flags.any()
+        if left is None and not flagged:
+            done.log_z, done.marginals = torch.from_numpy(log_z), marginals.to(emissions.dtype)
+            done.scaled.append(part)
+            return done
         if (flags & chain_scaled.BROKEN).any():
             b = int(np.flatnonzero(flags & chain_scaled.BROKEN)[0])
             raise ValueError(
-                f"emissions, start or end: a score of row {b if left is None else int(left[b])} of the batch is NaN or +inf "
-                "(-inf forbids)"
+                f"emissions, start or end: a score of row {b if left is None else left[b]} of the batch is NaN or +inf (-inf forbids)"
             )
-        if left is None and not flags.any():
-            done.log_z, done.marginals = found, marginals.to(emissions.dtype)
-            done.scaled.append(part)
-            return done
-        if done.marginals.dim() == 1:
+        if left is None:
+            done.log_z = torch.empty(rows, dtype=torch.float64)
             done.marginals = emissions.new_empty((rows, steps if backward == 2 else 0, k))
-        good = torch.from_numpy(flags == 0)
-        index = torch.arange(rows) if left is None else left
-        if bool(good.any()):
-            log_z[index[good]] = found[good]
+        good = flags == 0
+        index = np.arange(rows) if left is None else left
+        if good.any():
+            done.log_z[index[good]] = torch.from_numpy(log_z[good])
             if backward == 2:
-                done.marginals[index[good]] = marginals[good].to(emissions.dtype)
+                done.marginals[index[good]] = marginals[torch.from_numpy(good)].to(emissions.dtype)
             if backward:
-                part.rows, part.good = left, good  # flagged rows hold zeros
+                part.rows = None if left is None else torch.from_numpy(left)
+                part.good = torch.from_numpy(good)  # flagged rows hold zeros
                 done.scaled.append(part)
         left = index[~good]
-        if not left.numel():
+        if not left.size:
             return done
         if zeros:
             break
-        dtype = torch.float64
-    _log(emissions, transitions, start, end, lengths, left, backward, done)
+        dtype = np.float64
+    _log(scores, transitions_, left, backward, done)
     return done
 
 
-def _tables(transitions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(exp of the transitions [G, S, K, P], the same transposed, maxima [G, S], range in nats [G], whether some are forbidden)."""
+def _tables(transitions: np.ndarray, dtype: type) -> tuple[list[np.ndarray], bool]:
+    """[exp of the transitions [G, S, K, P], the same transposed, maxima [G, S], range in nats [G]], and whether some are forbidden."""
     groups, times, k, _ = transitions.shape
     n = groups * times
-    table, back = torch.empty(2, groups, times, k, padded(k), dtype=dtype).unbind()
-    offsets, spread = torch.empty(2, groups, times, dtype=torch.float64).unbind()
+    both = np.empty((2, n, k, padded(k)), dtype)
+    numbers = np.zeros((2, n))
     flags = np.zeros(n, np.int64)
     if n:
-        arguments = (
-            transitions.view(n, k, k).numpy(),
-            *(x.view(n, k, -1).numpy() for x in (table, back)),
-            *(x.view(n).numpy() for x in (offsets, spread)),
-            flags,
-        )
+        arguments = (transitions.reshape(n, k, k), both[0], both[1], numbers[0], numbers[1], flags)
         run_shares(chain_scaled.tables, arguments, n, 10.0 * n * k * k)
-    if (flags & chain_scaled.BROKEN).any():
+    seen = flags[0] if n == 1 else np.bitwise_or.reduce(flags)
+    if seen & chain_scaled.BROKEN:
         raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
-    widest = spread.amax(1) if times > 1 else spread[:, 0] if times else spread.new_zeros(groups)
-    return table, back, offsets, widest, bool(flags.any())
+    spread = numbers[1] if times == 1 else numbers[1].reshape(groups, times).max(1, initial=0.0)
+    shape = (groups, times, k, both.shape[-1])
+    return [both[0].reshape(shape), both[1].reshape(shape), numbers[0].reshape(groups, times), spread], bool(seen)
 
 
 def _scaled(
-    scores: tuple[Tensor, ...], tables: tuple[Tensor, ...], zeros: bool, dtype: torch.dtype, backward: int
-) -> tuple[ScaledPart, Tensor, Tensor, np.ndarray]:
-    emissions, start, end, lengths = scores
-    table, back, offsets, spread = tables
+    scores: list[np.ndarray], tables: list[np.ndarray], zeros: bool, dtype: type, backward: int
+) -> tuple[ScaledPart, np.ndarray, Tensor, np.ndarray]:
+    emissions, lengths = scores[0], scores[3]
     rows, steps, k = emissions.shape
-    groups = table.shape[0]
-    order = torch.argsort(lengths.view(groups, -1), dim=1, descending=True)
+    groups, width = tables[0].shape[0], tables[0].shape[-1]
+    order = np.argsort(-lengths.reshape(groups, -1), axis=1, kind="stable")
     if groups > 1:
-        order = order + torch.arange(0, rows, rows // groups).unsqueeze(1)
-    width = table.shape[-1]
-    alpha = torch.empty((rows, steps if backward else 1, width), dtype=dtype)
-    weights, marginals = torch.empty((2, rows, steps if backward == 2 else 0, width), dtype=dtype).unbind()
-    log_z = torch.empty(rows, dtype=torch.float64)
-    flags = np.empty(rows, np.int64)
+        order += np.arange(0, rows, rows // groups)[:, None]
+    alpha = np.empty((rows, steps if backward else 1, width), dtype)
+    weights = np.empty((rows, steps if backward == 2 else 0, width), dtype)
+    marginals = np.empty((rows, steps if backward == 2 else 0, width), dtype)
+    log_z, flags = np.empty(rows), np.empty(rows, np.int64)
     span = chain_scaled.SPAN64 if zeros else chain_scaled.SPAN32
-    arguments = (
-        *(x.numpy() for x in (emissions, start, end, lengths, table, back, offsets, spread)),
-        order.view(-1).numpy(), zeros, span, backward,
-        *(x.numpy() for x in (alpha, weights, marginals, log_z)), flags,
-    )  # fmt: skip
+    arguments = (*scores, *tables, order.reshape(-1), zeros, span, backward, alpha, weights, marginals, log_z, flags)
     pieces = groups * ((rows // groups + 3) // 4)
     run_shares(chain_scaled.forward_backward, arguments, pieces, rows * steps * k * (k + 32.0) * (1 + (backward == 2)))
-    return ScaledPart(None, alpha, weights, table), log_z, marginals[..., :k], flags
+    found = torch.from_numpy(marginals)
+    part = ScaledPart(None, torch.from_numpy(alpha), torch.from_numpy(weights), *map(torch.from_numpy, tables[:2]))
+    return part, log_z, found if width == k else found[..., :k], flags
 
 
-def _log(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor,
-    end: Tensor,
-    lengths: Tensor,
-    which: Tensor,
-    backward: int,
-    done: Pass,
-) -> None:
+def _log(scores: list[np.ndarray], transitions: np.ndarray, which: np.ndarray, backward: int, done: Pass) -> None:
     """Does the rows ``which`` in log space and writes them into ``done``."""
-    _, steps, k = emissions.shape
-    n, times = which.numel(), transitions.shape[1]
-    table = transitions.double()
-    back = table.transpose(-1, -2).contiguous()
-    alpha = torch.empty((n, steps, k) if backward else (n, 0, k), dtype=torch.float64)
-    marginals = torch.empty((n, steps, k) if backward == 2 else (n, 0, k), dtype=torch.float64)
-    pairs = torch.empty((n, times, k, k) if backward == 2 else (n, 0, k, k), dtype=torch.float64)
-    log_z = torch.empty(n, dtype=torch.float64)
-    arguments = (
-        *(x.numpy() for x in (emissions, start, end, lengths, table, back, which)), backward,
-        *(x.numpy() for x in (alpha, marginals, pairs, log_z)),
-    )  # fmt: skip
+    _, steps, k = scores[0].shape
+    n, times = which.size, transitions.shape[1]
+    table = transitions.astype(np.float64)
+    back = np.ascontiguousarray(table.swapaxes(-1, -2))
+    alpha = np.empty((n, steps if backward else 0, k))
+    marginals = np.empty((n, steps if backward == 2 else 0, k))
+    pairs = np.empty((n, times if backward == 2 else 0, k, k))
+    log_z = np.empty(n)
+    arguments = (*scores, table, back, which, backward, alpha, marginals, pairs, log_z)
     run_shares(chain_log.forward_backward, arguments, n, 20.0 * n * steps * k * k)
-    done.log_z[which] = log_z
+    rows = torch.from_numpy(which)
+    done.log_z[rows] = torch.from_numpy(log_z)
     if backward == 2:
-        done.marginals[which] = marginals.to(done.marginals.dtype)
+        done.marginals[rows] = torch.from_numpy(marginals).to(done.marginals.dtype)
     if backward:
-        done.log = LogPart(which, alpha, pairs)
+        done.log = LogPart(rows, torch.from_numpy(alpha), torch.from_numpy(back), torch.from_numpy(pairs))
 
 
 def _nothing(done: Pass, transitions: Tensor) -> Pass:
     """The pass over an empty batch."""
     groups, _, k, _ = transitions.shape
     empty = transitions.new_zeros(groups, 0, k) if groups else transitions.new_zeros(0, 0, k)
-    done.scaled.append(ScaledPart(None, empty, empty, transitions))
+    done.scaled.append(ScaledPart(None, empty, empty, transitions, transitions))
     return done

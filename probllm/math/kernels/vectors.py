@@ -8,6 +8,7 @@ LLVM lowers the vectors to whatever the processor has.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -59,11 +60,17 @@ class _Emit:
     def plus(self, x: Any, y: Any) -> Any:
         return self.builder.fadd(x, y, flags=("contract",))
 
-    def zeros(self) -> Any:
-        """A vector variable that starts at 0; LLVM keeps it in a register."""
+    def variable(self, value: float = 0.0) -> Any:
+        """A vector variable; LLVM keeps it in a register."""
         variable = cgutils.alloca_once(self.builder, self.vector)
-        self.builder.store(ir.Constant(self.vector, None), variable)
+        self.builder.store(ir.Constant(self.vector, [self.scalar(value)] * self.lanes), variable)
         return variable
+
+    def raise_to(self, variable: Any, value: Any) -> None:
+        """variable = max(variable, value); no NaN may come."""
+        before = self.builder.load(variable)
+        above = self.builder.fcmp_ordered(">", value, before, flags=("nnan",))
+        self.builder.store(self.builder.select(above, value, before), variable)
 
     def add_to(self, variable: Any, value: Any) -> None:
         self.builder.store(self.plus(self.builder.load(variable), value), variable)
@@ -78,8 +85,11 @@ class _Emit:
         return cgutils.for_range_slice(self.builder, self.integer(0), width, self.integer(self.lanes), intp=self.integer)
 
 
-def _tile(lanes: int, vectors: int, rows: int) -> Any:
-    """(x, matrix, out, k, column): out[:rows, column:column + lanes * vectors] = x[:rows, :k] @ matrix[:k, the same columns]."""
+def _tile(lanes: int, vectors: int, rows: int, best: bool = False) -> Any:
+    """(x, matrix, out, k, column): out[:rows, column:column + lanes * vectors] = x[:rows, :k] @ matrix[:k, the same columns].
+
+    With ``best`` the product is that of (max, +): out[r, j] = max_i x[r, i] + matrix[i, j].
+    """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, x: Any, matrix: Any, out: Any, k: Any, column: Any) -> Any:
@@ -88,7 +98,7 @@ def _tile(lanes: int, vectors: int, rows: int) -> Any:
             x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in range(3))
             x_stride, m_stride, o_stride = (emit.row_stride(sig.args[i], arguments[i]) for i in range(3))
             at = arguments[4]
-            sums = [[emit.zeros() for _ in range(vectors)] for _ in range(rows)]
+            sums = [[emit.variable(-math.inf if best else 0.0) for _ in range(vectors)] for _ in range(rows)]
             with cgutils.for_range(builder, arguments[3], intp=emit.integer) as loop:
                 base = builder.add(builder.mul(loop.index, m_stride), at)
                 columns = [emit.load(m_data, builder.add(base, emit.integer(v * lanes))) for v in range(vectors)]
@@ -96,7 +106,10 @@ def _tile(lanes: int, vectors: int, rows: int) -> Any:
                     place = builder.add(builder.mul(emit.integer(r), x_stride), loop.index)
                     value = emit.spread(builder.load(builder.gep(x_data, [place])))
                     for v in range(vectors):
-                        emit.add_to(sums[r][v], emit.times(value, columns[v]))
+                        if best:
+                            emit.raise_to(sums[r][v], emit.plus(value, columns[v]))
+                        else:
+                            emit.add_to(sums[r][v], emit.times(value, columns[v]))
             for r in range(rows):
                 for v in range(vectors):
                     place = builder.add(builder.mul(emit.integer(r), o_stride), at)
@@ -116,7 +129,7 @@ def _ahead(lanes: int) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
             emit = _Emit(context, builder, sig.args[0].dtype, lanes)
             y_data, q_data, x_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4))
-            factor, total = emit.spread(arguments[1]), emit.zeros()
+            factor, total = emit.spread(arguments[1]), emit.variable()
             with emit.vectors(arguments[5]) as (v, _):
                 value = emit.times(emit.times(emit.load(y_data, v), factor), emit.load(q_data, builder.add(v, arguments[3])))
                 emit.store(value, x_data, v)
@@ -136,7 +149,7 @@ def _behind(lanes: int) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
             emit = _Emit(context, builder, sig.args[0].dtype, lanes)
             y_data, q_data, x_data, a_data, t_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4, 5, 6))
-            factor, d, z = emit.spread(arguments[1]), emit.zeros(), emit.zeros()
+            factor, d, z = emit.spread(arguments[1]), emit.variable(), emit.variable()
             with emit.vectors(arguments[7]) as (v, _):
                 value = emit.times(emit.load(y_data, v), factor)
                 emit.add_to(z, emit.times(value, emit.load(a_data, v)))
@@ -207,6 +220,9 @@ def _shift(lanes: int) -> Any:
 
 
 _four4, _four8, _four16, _four32 = _tile(4, 1, 4), _tile(8, 1, 4), _tile(16, 1, 4), _tile(16, 2, 4)
+_best4, _best8, _best16, _best32 = (
+    _tile(4, 1, 4, best=True), _tile(8, 1, 4, best=True), _tile(16, 1, 4, best=True), _tile(16, 2, 4, best=True)
+)  # fmt: skip
 _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), _tile(16, 4, 1)
 _ahead4, _ahead8, _ahead16 = _ahead(4), _ahead(8), _ahead(16)
 _behind4, _behind8, _behind16 = _behind(4), _behind(8), _behind(16)
@@ -230,6 +246,23 @@ def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
             column += 32
         if column < width:
             _four16(x, matrix, out, k, column)
+
+
+@njit(cache=True, nogil=True)
+def best4(x, matrix, out, k):  # type: ignore[no-untyped-def]
+    """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for four rows; no NaN, no +inf."""
+    width = matrix.shape[1]
+    if width == 4:
+        _best4(x, matrix, out, k, 0)
+    elif width == 8:
+        _best8(x, matrix, out, k, 0)
+    else:
+        column = 0
+        while column + 32 <= width:
+            _best32(x, matrix, out, k, column)
+            column += 32
+        if column < width:
+            _best16(x, matrix, out, k, column)
 
 
 @njit(cache=True, nogil=True)

@@ -1,0 +1,154 @@
+"""Single tag sequences of a linear chain: the best, the k best, and exact samples; compiled on the CPU, torch on a GPU.
+
+Scores as in ``chain.as_chain``. A row in which nothing is allowed gives -1 throughout; padding is 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probllm.math import chain_torch
+from probllm.math.chain import Chain, as_chain
+from probllm.math.chain_passes import forward_backward
+from probllm.math.kernels import chain_paths as kernels
+from probllm.math.kernels.threads import run_shares
+from probllm.math.kernels.vectors import padded
+
+
+def viterbi(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """A tag sequence of the highest score.
+
+    Returns:
+        ``[..., T]`` long: one of the best where several tie; -1 where nothing is allowed; 0 on padding.
+    Source: Viterbi (1967).
+    """
+    chain = as_chain(emissions, transitions, start, end, lengths)
+    return best_paths(chain).reshape(*chain.batch_shape, emissions.shape[-2])
+
+
+def best_paths(chain: Chain) -> Tensor:
+    """``viterbi`` of scores already in shape: ``[B, T]``."""
+    if chain.emissions.device.type != "cpu":
+        return chain_torch.best_paths(*(x.detach() for x in chain[:5]))
+    emissions, transitions, start, end, lengths = (x.detach().contiguous().numpy() for x in chain[:5])
+    rows, steps, k = emissions.shape
+    groups = transitions.shape[0]
+    paths = np.empty((rows, steps), np.int64)
+    if not rows:
+        return torch.from_numpy(paths)
+    if np.isnan(transitions).any() or (transitions == np.inf).any():
+        raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
+    flags = np.zeros(rows, np.int64)
+    in_group = rows // groups
+    order = np.argsort(-lengths.reshape(groups, in_group), axis=1, kind="stable") + in_group * np.arange(groups)[:, None]
+    # a transition table that spans more than float32 resolves is taken in float64 from the start
+    finite = transitions[np.isfinite(transitions)]
+    wide = bool(finite.size) and float(finite.max()) - float(finite.min()) > kernels.SPAN32
+    dtypes: list[type] = [np.float64] if wide or emissions.dtype == np.float64 else [np.float32, np.float64]
+    for dtype in dtypes:
+        blocks = np.full((groups, -(-order.shape[1] // 4) * 4), -1, np.int64)
+        blocks[:, : order.shape[1]] = order
+        table = np.full((groups, transitions.shape[1], k, padded(k)), -np.inf, dtype)
+        back = table.copy()
+        table[..., :k], back[..., :k] = transitions, transitions.swapaxes(-1, -2)
+        arguments = (emissions, start, end, lengths, table, back, blocks.reshape(-1), paths, flags)
+        run_shares(kernels.best, arguments, blocks.size // 4, 1.0 * rows * steps * k * (k + 32))
+        if (flags & kernels.BROKEN).any():
+            raise ValueError(
+                f"emissions, start or end: a score of row {np.flatnonzero(flags & kernels.BROKEN)[0]} of the batch is NaN or +inf "
+                "(-inf forbids)"
+            )
+        if not flags.any():
+            break
+        order = np.where(flags[order] != 0, order, -1)  # the rest again, in float64
+    return torch.from_numpy(paths)
+
+
+def top_k(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The k tag sequences of the highest scores, best first, all distinct.
+
+    Returns:
+        Scores ``[k, ...]`` (float64, without gradient) and sequences ``[k, ..., T]``; -inf and -1 where there are fewer than k.
+    Source: the k-best recursion of Huang and Chiang (2005), algorithm 2, on a chain.
+    """
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    chain = as_chain(emissions, transitions, start, end, lengths)
+    # a GPU waits for its own kernel: the list merging is done on the host
+    host = (x.detach().cpu().contiguous().numpy() for x in chain[:5])
+    scores, table, first, last, n = host
+    rows, steps, tags = scores.shape
+    if not all(np.isfinite(x[x != -np.inf]).all() for x in (scores, table, first, last)):
+        raise ValueError("emissions, transitions, start or end: scores must not be NaN or +inf (-inf forbids)")
+    paths, found = np.empty((k, rows, steps), np.int64), np.empty((k, rows))
+    if rows:
+        arguments = (scores, first, last, n, table.astype(np.float64), k, paths, found)
+        arguments = (*arguments[:1], *(np.ascontiguousarray(x) for x in arguments[1:5]), *arguments[5:])
+        run_shares(kernels.k_best, arguments, rows, 4.0 * rows * steps * tags * tags)
+    shape = (k, *chain.batch_shape)
+    device = emissions.device
+    return torch.from_numpy(found).to(device).reshape(shape), torch.from_numpy(paths).to(device).reshape(*shape, steps)
+
+
+def sample(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    n: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Independent exact samples, ``[n, ..., T]`` long, from torch's random numbers.
+
+    Source: forward filtering and backward sampling, Fruhwirth-Schnatter (1994).
+    """
+    chain = as_chain(emissions, transitions, start, end, lengths)
+    paths = sample_paths(chain, n, generator)
+    return paths.reshape(n, *chain.batch_shape, emissions.shape[-2])
+
+
+def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """``sample`` of scores already in shape: ``[n, B, T]``."""
+    rows, steps, k = chain.emissions.shape
+    uniforms = torch.rand(n, rows, steps, dtype=torch.float64, device=chain.emissions.device, generator=generator)
+    if chain.emissions.device.type != "cpu":
+        return chain_torch.sample_paths(*(x.detach() for x in chain[:5]), uniforms)
+    done = forward_backward(*chain[:5], backward=1)
+    paths = torch.full((n, rows, steps), -1, dtype=torch.long)
+    parts = [(part.rows, part.good, part.alpha, part.back, False) for part in done.scaled]
+    if done.log is not None:
+        possible = torch.isfinite(done.log_z[done.log.rows])
+        back = done.log.back
+        if back.shape[0] > 1:
+            back = back[done.log.rows // (rows // back.shape[0])]
+        parts.append((done.log.rows, possible, done.log.alpha, back, True))
+    for which, good, alpha, back, logarithms in parts:
+        here = paths if which is None else paths[:, which].contiguous()
+        numbers = uniforms if which is None else uniforms[:, which].contiguous()
+        lengths = chain.lengths if which is None else chain.lengths[which]
+        chosen = torch.ones(lengths.shape[0], dtype=torch.bool) if good is None else good
+        arguments = (
+            *(x.detach().contiguous().numpy() for x in (alpha, back, lengths, chosen, numbers)), here.numpy(), logarithms
+        )  # fmt: skip
+        run_shares(kernels.sample, arguments, lengths.shape[0], 4.0 * n * rows * steps * k)
+        if which is not None:
+            paths[:, which[chosen]] = here[:, chosen]
+    return paths
