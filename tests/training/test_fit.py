@@ -147,6 +147,15 @@ def test_validation_does_not_change_the_training():
     assert [row["loss"] for row in runs[0].history] == [row["loss"] for row in runs[1].history]
 
 
+def test_every_validation_draws_the_same_random_numbers():
+    class Noisy(TinyTagger):
+        def loss(self, batch):
+            return super().loss(batch) if self.training else torch.rand(())
+
+    run = fit(Noisy(), DATA, HELD_OUT, **QUICK)
+    assert len({row["validation_loss"] for row in run.history}) == 1
+
+
 def test_the_average_is_what_is_validated_and_kept():
     path: list[dict] = []
 
