@@ -63,6 +63,11 @@ def total(rows: Rows) -> Tensor:
     return sum((table.sum() for table in rows if table is not None), torch.zeros((), dtype=torch.float64))
 
 
+def weighted(counts: Rows, log_probs: Rows, weight: float) -> Rows:
+    """The counts of ``weight`` copies of a text, smoothed: each row keeps its sum but has these probabilities."""
+    return map_rows(lambda n, row: weight * n.sum(-1, keepdim=True) * row.exp(), counts, log_probs)
+
+
 def allowed_scores(tags: Tensor, num_tags: int) -> Tensor:
     """``[*batch, T, K]``: 0 for the tags that a position may have, ``-inf`` for those that its known tag rules out."""
     tags = tags.unsqueeze(-1)
@@ -82,10 +87,11 @@ def expected_counts(rows: Rows, batches: Iterable[PartlyTagged]) -> tuple[Rows, 
     log_likelihood = torch.zeros((), dtype=torch.float64)
     for symbols, tags, lengths in batches:
         scores = rows.emission.detach().T[symbols].requires_grad_()
-        log_prob = chain(steps, scores + allowed_scores(tags, scores.shape[-1]), lengths).log_partition
+        with torch.enable_grad():
+            log_prob = chain(steps, scores + allowed_scores(tags, scores.shape[-1]), lengths).log_partition
+            log_prob.sum().backward()  # type: ignore[no-untyped-call]
         if bool((log_prob == -torch.inf).any()):
             raise ValueError("data holds a sequence that the model gives probability 0")
-        log_prob.sum().backward()  # type: ignore[no-untyped-call]
         real = mask_from_lengths(lengths, symbols.shape[-1])
         emission.index_add_(0, symbols[real], _gradient(scores)[real])
         log_likelihood += log_prob.detach().sum()
@@ -110,6 +116,7 @@ def maximise_expectation(
         log probabilities, and of each iteration (before it) the log likelihood and the log posterior density.
     """
     history: list[tuple[float, float]] = []
+    rows = map_rows(torch.Tensor.detach, rows)
     for _ in range(iterations):
         counts, log_likelihood = expected_counts(rows, batches)
         log_density = log_likelihood + total(map_rows(torch.mul, concentration, rows))
@@ -125,6 +132,7 @@ def variational_bayes(
 ) -> tuple[Rows, list[tuple[float, float]]]:
     """Dirichlet posteriors of the rows; as ``maximise_expectation``, of concentrations, the bound in both places."""
     history: list[tuple[float, float]] = []
+    posterior = map_rows(torch.Tensor.detach, posterior)
     for _ in range(iterations):
         expected_log = map_rows(lambda c: torch.digamma(c) - torch.digamma(c.sum(-1, keepdim=True)), posterior)
         counts, log_partition = expected_counts(expected_log, batches)

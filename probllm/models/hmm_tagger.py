@@ -29,12 +29,14 @@ from probllm.models.hmm_estimation import (
     maximise_expectation,
     total,
     variational_bayes,
+    weighted,
 )
 from probllm.models.hmm_laws import Rows, SymbolsOfChain, SymbolsOfTags, chain, emission_scores
 from probllm.models.hmm_smoothing import count, smooth
 from probllm.models.model import Batch, Model
 
 STEP_TOKENS = 4096  # padding counted, of a batch in an E step
+TAGGED_WEIGHT = 20.0  # copies of the tagged text in the prior of EM: with fewer, what is learnt from it is unlearnt
 
 
 class HMMTagger(Model):
@@ -43,8 +45,8 @@ class HMMTagger(Model):
     A batch is ``{"inputs": symbols or {"symbols": ...}, "mask": ..., "tags": ...}``, all ``[B, L]``; a tag of -1 is not
     known, and so are all where ``tags`` is missing. Where all tags are known the program observes ``tags`` and
     ``symbols``; where some are not it sums them out: ``symbols`` is the law of a hidden chain, and ``tags`` are drawn
-    from their posterior at no cost (masked; hide the site from NUTS, which knows no discrete ones). Without
-    ``inputs`` both are sampled.
+    from their posterior at no cost (masked; ``poutine.block`` hides the site from NUTS, which knows no discrete ones).
+    Without ``inputs`` both are sampled.
 
     Args:
         num_tags: K.
@@ -129,6 +131,8 @@ class HMMTagger(Model):
 
         def draw(name: str, table: Tensor) -> Tensor:
             row: Tensor = pyro.sample(name, dist.Dirichlet(table).to_event(table.ndim - 1))
+            if row.ndim > table.ndim and row.shape[-table.ndim - 1] != 1:
+                row = row.unsqueeze(-table.ndim - 1)  # Predictive(parallel=True) leaves no place for the data's plate
             return row.clamp_min(torch.finfo(row.dtype).tiny).log()
 
         return map_rows(lambda table, name: draw(name, table), concentrations, names)
@@ -191,8 +195,9 @@ class HMMTagger(Model):
     def estimate(self, data: Any, iterations: int = 100, tolerance: float = 1e-5) -> list[dict[str, float]]:
         """Estimate the probabilities from data in which all, some or no tags are known (-1, or no ``tags``).
 
-        All: smoothed counts, or if Bayesian the exact posterior. Some: EM from smoothed counts of what is known. None:
-        EM from the present weights, random at first.
+        All known: smoothed counts. Some: EM from the smoothed counts of what is known, which weigh in the prior too.
+        None: EM from the present weights, random at first. If Bayesian, in all cases variational Bayes, which gives
+        the exact posterior where all are known.
 
         Args:
             data: a Dataset of examples ``{"inputs": ..., "tags": ...}``.
@@ -201,34 +206,33 @@ class HMMTagger(Model):
         Returns:
             one dict for the counts, or for each iteration: ``loss`` and ``penalised_loss``, with the log prior, per
             sequence in nats; if Bayesian both are the negative bound.
+        Raises:
+            ValueError: for no data, or examples without symbols or with ids out of range.
         """
         if not len(data):
             raise ValueError("data is empty: an estimate needs at least one sequence")
         sequences = self._sequences(data)
         counts = count(sequences, self.num_tags, self.num_symbols, self.order)
         known = torch.cat([tags for _, tags in sequences]) >= 0
-        prior = map_rows(torch.Tensor.double, self._prior())
-        if bool(known.all()) and not self.bayesian:
-            rows = smooth(counts, self.parents)
-            self._set(rows)
-            log_likelihood = total(map_rows(torch.mul, counts, rows))
-            return [{"loss": float(-log_likelihood / len(data))}]
+        some, every = bool(known.any()), bool(known.all())
         batches = in_batches(sequences, STEP_TOKENS)
-        with torch.enable_grad():
-            if self.bayesian:
-                start = (
-                    map_rows(torch.add, counts, prior)
-                    if bool(known.any())
-                    else map_rows(lambda t: t.double().exp(), self._tables())
-                )
-                posterior, history = variational_bayes(start, prior, batches, iterations, tolerance)
-                self._set(map_rows(torch.log, posterior))
-            else:
-                start = (
-                    smooth(counts, self.parents) if bool(known.any()) else map_rows(torch.Tensor.double, self.rows())
-                )
-                rows, history = maximise_expectation(start, prior, batches, iterations, tolerance)
-                self._set(rows)
+        prior = self._prior(torch.float64)
+        smoothed = smooth(counts, self.parents)
+        if self.bayesian:
+            random = map_rows(lambda table: table.double().exp(), self._tables())
+            start = map_rows(torch.add, counts, prior) if some else random
+            posterior, history = variational_bayes(start, prior, batches, iterations, tolerance)
+            self._set(map_rows(torch.log, posterior))
+        elif every:
+            self._set(smoothed)
+            log_likelihood = float(total(map_rows(torch.mul, counts, smoothed)))
+            return [{"loss": -log_likelihood / len(data)}]
+        else:
+            start = smoothed if some else map_rows(torch.Tensor.double, self.rows())
+            if some:
+                prior = map_rows(torch.add, prior, weighted(counts, smoothed, TAGGED_WEIGHT))
+            rows, history = maximise_expectation(start, prior, batches, iterations, tolerance)
+            self._set(rows)
         return [{"loss": -a / len(data), "penalised_loss": -b / len(data)} for a, b in history]
 
     def _log_prob(self, rows: Rows, batch: Batch) -> Tensor:
@@ -243,10 +247,12 @@ class HMMTagger(Model):
     def _tables(self) -> Rows:
         return Rows(self.initial, self.second, self.transition, self.emission)
 
-    def _prior(self) -> Rows:
+    def _prior(self, dtype: torch.dtype | None = None) -> Rows:
         """The concentrations of the priors."""
-        steps = map_rows(lambda table: torch.full_like(table, self.transition_concentration), self._tables())
-        return steps._replace(emission=torch.full_like(self.emission, self.emission_concentration))
+        steps = map_rows(
+            lambda table: torch.full_like(table, self.transition_concentration, dtype=dtype), self._tables()
+        )
+        return steps._replace(emission=torch.full_like(self.emission, self.emission_concentration, dtype=dtype))
 
     def _set(self, rows: Rows) -> None:
         map_rows(lambda parameter, table: parameter.data.copy_(table), self._tables(), rows)
