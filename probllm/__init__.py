@@ -1,3 +1,37 @@
-"""probllm: exact structured probability and generative models on shared neural encoders, as Pyro models."""
+"""probllm: exact structured probability and generative models on shared neural encoders, as Pyro models.
+
+What a research script imports: ``fit``, ``compare`` and the models. The rest stands in its room, such as
+``probllm.distributions`` and ``probllm.nn``. Names are imported when they are first used, so that ``import probllm``
+and the command line's help cost nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probllm.app.comparison import compare
+    from probllm.models import CRFTagger, HMMTagger, SoftmaxTagger
+    from probllm.training import fit
 
 __version__ = "0.1.0"
+
+__all__ = ["CRFTagger", "HMMTagger", "SoftmaxTagger", "__version__", "compare", "fit"]
+
+_HOMES = {
+    "CRFTagger": "probllm.models",
+    "HMMTagger": "probllm.models",
+    "SoftmaxTagger": "probllm.models",
+    "compare": "probllm.app.comparison",
+    "fit": "probllm.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'probllm' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

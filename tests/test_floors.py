@@ -138,3 +138,14 @@ def test_importing_the_face_stays_light():
     code = f"import sys, probllm; print([m for m in {heavy} if m in sys.modules], probllm.__version__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.startswith("[] ")
+
+
+def test_the_face_has_all_that_it_names():
+    import probllm
+
+    assert sorted(probllm.__all__) == probllm.__all__
+    for name in probllm.__all__:
+        assert getattr(probllm, name) is not None
+        assert name in dir(probllm)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = probllm.nonsense

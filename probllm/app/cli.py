@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -27,16 +28,22 @@ app = typer.Typer(
 )
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and leave, if that is wanted."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"probllm {version('probllm')}")
+        raise typer.Exit
+
+
 @app.callback(epilog="Begin with `probllm compare`; `probllm compare --help` has examples.")
 def probllm(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=print_version)
+    ] = False,
 ) -> None:
     """Probabilistic and generative models for language and images, side by side on your data or on what comes along."""
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"probllm {installed('probllm')}")
-        raise typer.Exit
 
 
 @app.command(
@@ -66,16 +73,17 @@ def compare(
     column: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="Which column holds the tags. CoNLL-U: upos, xpos, feats or deprel; else a number, from 0, or from "
-            "the end with -1."
+            "the end with -1.",
         ),
     ] = None,
     models: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="Only these models; a name that does not exist lists those that do."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Train each model so many times.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training data.")] = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", min=1, help="Train each model so many times.")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Passes over the training data.")] = None,
     small: Annotated[
         bool, typer.Option("--small/--full", help="A few minutes on two cores, or all models, all data, three seeds.")
     ] = True,
@@ -96,6 +104,11 @@ def compare(
         console.width = max(console.width, 120)  # a file or a pipe has no margin to respect
     if name is None and (train or dev or test):
         fail(f"say which comparison the files are for: {', '.join(COMPARISONS)}")
+    for place in (output, folder):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"{place}: {error.strerror or error}")
     outcomes: list[Outcome] = []
     try:
         for each in [name] if name is not None else COMPARISONS:
@@ -141,4 +154,6 @@ def fail(message: str) -> None:
 
 def main() -> None:
     """What the ``probllm`` command runs."""
+    # Read when torch is loaded: waiting threads sleep, since many small products stall on a busy machine if they spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -67,7 +68,9 @@ def print_table(outcome: Outcome, console: Console) -> None:
     tight = console.width < 100
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.padding = (0, 0) if tight else (0, 1)
-    table.add_column("model", min_width=max(len(word) for row in outcome.rows for word in row.model.split()))
+    table.add_column(
+        "model", min_width=max([len(word) for row in outcome.rows for word in row.model.split()], default=0)
+    )
     for measure in outcome.measures:
         heading = _heading(measure)
         table.add_column(heading.replace(" ", "\n", 1) if tight else heading, justify="right", no_wrap=tight)
@@ -131,8 +134,9 @@ def to_svg(picture: Picture) -> str:
     import matplotlib
 
     text = io.StringIO()
-    # The salt keeps apart the ids of two pictures in one page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.title}):
+    # The salt keeps apart the ids of two pictures in one page. Glyphs are the browser's business, so none is missing.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.title}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
         picture.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     drawing = text.getvalue()
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing[drawing.index("<svg") :], flags=re.DOTALL)

@@ -1,16 +1,17 @@
 """The taggers that the comparison sets side by side: which encoder under which law, and how each is trained.
 
-All neural ones read the same words: a vector for the word itself, one made of its characters, and one summed over
-hashed features.
+All see the same words. The neural ones read a vector of the word and one made of its characters, and add the scores of
+the hashed features to those of the network; the feature taggers have the features alone, the HMM words and suffixes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from probllm.data import TaggingVocabulary
-from probllm.data.bio import bio_rules
 from probllm.models import CRFTagger, HMMTagger, SoftmaxTagger
 from probllm.models.model import Model
 from probllm.nn import (
@@ -26,6 +27,15 @@ from probllm.nn import (
 WORDS = ("words", "characters", "features")
 
 
+class Setting(NamedTuple):
+    """What a model is built for."""
+
+    vocabulary: TaggingVocabulary
+    rules: Mapping[str, Tensor] | None
+    """Which tags may follow which, where the tags are BIO and the data keep to it."""
+    small: bool
+
+
 class Candidate(NamedTuple):
     """A model that takes part."""
 
@@ -39,53 +49,49 @@ class Candidate(NamedTuple):
     law: str
     fields: tuple[str, ...]
     """The inputs that it reads."""
-    build: Callable[[TaggingVocabulary, bool], Model]
-    """A fresh model for a vocabulary, at the small or the full setting."""
+    build: Callable[[Setting], Model]
+    """A fresh model."""
     options: Callable[[bool], dict[str, Any]]
-    """What ``fit`` is told."""
+    """What ``fit`` is told, at the small setting or the full one."""
     in_small: bool = True
     """Whether it takes part in the small setting without being asked for."""
 
 
-def words(vocabulary: TaggingVocabulary, small: bool) -> Encoder:
-    """The words as all neural taggers read them."""
-    size = 32 if small else 100
-    parts: list[Encoder] = [
-        WordEmbedding(len(vocabulary.words), size, word_dropout=0.1),
-        CharacterCNN(len(vocabulary.characters), 32, 32 if small else 64),
-        FeatureEmbedding(vocabulary.features.size, 32),
-    ]
-    return WordRepresentation(parts, dropout=0.3)
+def recurrent(setting: Setting) -> Encoder:
+    """A BiLSTM."""
+    return RecurrentEncoder(words(setting), hidden=64 if setting.small else 128, dropout=0.3)
 
 
-def recurrent(vocabulary: TaggingVocabulary, small: bool) -> Encoder:
-    return RecurrentEncoder(words(vocabulary, small), hidden=64 if small else 128, dropout=0.3)
+def transformer(setting: Setting) -> Encoder:
+    """A Transformer of two layers."""
+    return TransformerEncoder(words(setting), dim=96 if setting.small else 192, layers=2, heads=4, dropout=0.2)
 
 
-def transformer(vocabulary: TaggingVocabulary, small: bool) -> Encoder:
-    return TransformerEncoder(words(vocabulary, small), dim=96 if small else 192, layers=2, heads=4, dropout=0.2)
+def words(setting: Setting) -> Encoder:
+    """The words as all neural taggers read them, before the network."""
+    word = WordEmbedding(len(setting.vocabulary.words), 48 if setting.small else 100, word_dropout=0.15)
+    characters = CharacterCNN(len(setting.vocabulary.characters), 32, filters=32 if setting.small else 64)
+    return WordRepresentation([word, characters], dropout=0.3)
 
 
-def hmm(vocabulary: TaggingVocabulary, small: bool) -> Model:
-    return HMMTagger(vocabulary.num_tags, len(vocabulary.classes), order=2, parents=vocabulary.classes.parent)
+def features(setting: Setting) -> Encoder:
+    """The scores of the hashed features, one a tag."""
+    return FeatureEmbedding(setting.vocabulary.features.size, setting.vocabulary.num_tags)
 
 
-def feature_crf(vocabulary: TaggingVocabulary, small: bool) -> Model:
-    return CRFTagger(FeatureEmbedding(vocabulary.features.size, vocabulary.num_tags), vocabulary.num_tags)
+def hmm(setting: Setting) -> Model:
+    classes = setting.vocabulary.classes
+    return HMMTagger(setting.vocabulary.num_tags, len(classes), order=2, parents=classes.parent)
 
 
-def feature_softmax(vocabulary: TaggingVocabulary, small: bool) -> Model:
-    return SoftmaxTagger(FeatureEmbedding(vocabulary.features.size, vocabulary.num_tags), vocabulary.num_tags)
+def crf(encoder: Callable[[Setting], Encoder] | None) -> Callable[[Setting], Model]:
+    """A CRF on features and, perhaps, an encoder."""
+    return lambda s: CRFTagger(encoder and encoder(s), s.vocabulary.num_tags, features(s), rules=s.rules)
 
 
-def with_crf(encoder: Callable[[TaggingVocabulary, bool], Encoder]) -> Callable[[TaggingVocabulary, bool], Model]:
-    """A CRF on an encoder."""
-    return lambda vocabulary, small: CRFTagger(encoder(vocabulary, small), vocabulary.num_tags)
-
-
-def with_softmax(encoder: Callable[[TaggingVocabulary, bool], Encoder]) -> Callable[[TaggingVocabulary, bool], Model]:
-    """An independent decision at each word, on an encoder."""
-    return lambda vocabulary, small: SoftmaxTagger(encoder(vocabulary, small), vocabulary.num_tags)
+def softmax(encoder: Callable[[Setting], Encoder] | None) -> Callable[[Setting], Model]:
+    """A decision at each word, on features and, perhaps, an encoder."""
+    return lambda s: SoftmaxTagger(encoder and encoder(s), s.vocabulary.num_tags, features(s))
 
 
 def counted(small: bool) -> dict[str, Any]:
@@ -93,78 +99,42 @@ def counted(small: bool) -> dict[str, Any]:
 
 
 def linear(small: bool) -> dict[str, Any]:
-    return {"epochs": 6, "optimiser": "adagrad", "learning_rate": 0.1, "weight_decay": 0.0}
+    return {"epochs": 6 if small else 4, "learning_rate": 0.015, "batch_size": 32 if small else 64}
 
 
 def neural(small: bool) -> dict[str, Any]:
-    return {"epochs": 8 if small else 12, "learning_rate": 3e-3}
+    return {"epochs": 8, "learning_rate": 3e-3, "batch_size": 32}
 
 
-CANDIDATES = {
-    candidate.key: candidate
-    for candidate in (
-        Candidate("hmm", "HMM", "second order, counted", "symbols", "HMM", ("symbols",), hmm, counted),
-        Candidate(
-            "feature-softmax",
-            "feature softmax",
-            "linear in hashed features",
-            "features",
-            "softmax",
-            ("features",),
-            feature_softmax,
-            linear,
-            in_small=False,
-        ),
-        Candidate(
-            "feature-crf",
-            "feature CRF",
-            "linear in hashed features",
-            "features",
-            "CRF",
-            ("features",),
-            feature_crf,
-            linear,
-        ),
-        Candidate(
-            "bilstm-softmax",
-            "BiLSTM softmax",
-            "words, characters, features",
-            "BiLSTM",
-            "softmax",
-            WORDS,
-            with_softmax(recurrent),
-            neural,
-            in_small=False,
-        ),
-        Candidate(
-            "bilstm-crf",
-            "BiLSTM-CRF",
-            "words, characters, features",
-            "BiLSTM",
-            "CRF",
-            WORDS,
-            with_crf(recurrent),
-            neural,
-        ),
-        Candidate(
-            "transformer-softmax",
-            "Transformer softmax",
-            "words, characters, features",
-            "Transformer",
-            "softmax",
-            WORDS,
-            with_softmax(transformer),
-            neural,
-        ),
-        Candidate(
-            "transformer-crf",
-            "Transformer-CRF",
-            "words, characters, features",
-            "Transformer",
-            "CRF",
-            WORDS,
-            with_crf(transformer),
-            neural,
-        ),
-    )
-}
+NEURAL = "of words, characters; plus features"
+_ALL = (
+    Candidate("hmm", "HMM", "second order, counted, suffixes", "symbols", "HMM", ("symbols",), hmm, counted),
+    Candidate(
+        "feature-softmax",
+        "feature softmax",
+        "hashed features",
+        "none",
+        "softmax",
+        ("features",),
+        softmax(None),
+        linear,
+        False,
+    ),
+    Candidate("feature-crf", "feature CRF", "hashed features", "none", "CRF", ("features",), crf(None), linear),
+    Candidate(
+        "bilstm-softmax", "BiLSTM softmax", NEURAL, "BiLSTM", "softmax", WORDS, softmax(recurrent), neural, False
+    ),
+    Candidate("bilstm-crf", "BiLSTM-CRF", NEURAL, "BiLSTM", "CRF", WORDS, crf(recurrent), neural),
+    Candidate(
+        "transformer-softmax",
+        "Transformer softmax",
+        NEURAL,
+        "Transformer",
+        "softmax",
+        WORDS,
+        softmax(transformer),
+        neural,
+    ),
+    Candidate("transformer-crf", "Transformer-CRF", NEURAL, "Transformer", "CRF", WORDS, crf(transformer), neural),
+)
+CANDIDATES = {candidate.key: candidate for candidate in _ALL}

@@ -11,18 +11,20 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from torch import Tensor
 
 from probllm.app.comparison import Contrast, InputError, Measure, Outcome, Picture, Row, Settings, Value
-from probllm.app.taggers import CANDIDATES, Candidate
+from probllm.app.taggers import CANDIDATES, Candidate, Setting
 from probllm.app.verdict import Verdict, judge
 from probllm.data import Dataset, Split, TaggedSentence, TaggingVocabulary, read_tagged, stress_tagging
-from probllm.data.bio import spans_from_tags
+from probllm.data.bio import bio_rules, spans_from_tags
 from probllm.evaluation import (
     bootstrap,
     confusion_matrix,
@@ -73,6 +75,21 @@ class Task:
         parts = [tag.partition("-") for tag in self.vocabulary.tags]
         marks = {mark for mark, _, _ in parts}
         return {"O", "B"} <= marks <= set("OBIES") and all(label for mark, _, label in parts if mark != "O")
+
+    @property
+    def rules(self) -> dict[str, Tensor] | None:
+        """Which tag may follow which, if the tags mark spans and all sentences keep to the rules."""
+        if not self.is_bio:
+            return None
+        names = self.vocabulary.tags
+        rules = bio_rules(names, "bioes" if any(tag[0] in "ES" for tag in names) else "bio")
+        for part in self.data:
+            for example in part:
+                tags: Any = example["tags"]
+                follows = rules["transitions"][tags[:-1], tags[1:]]
+                if not (rules["start"][tags[0]] and rules["end"][tags[-1]] and bool(follows.all())):
+                    return None
+        return rules
 
 
 @dataclass
@@ -128,7 +145,7 @@ def read_task(settings: Settings) -> Task:
     if missing:
         if settings.column is not None:
             raise InputError("--column says which column of files holds the tags; give --train, --dev and --test too")
-        origin, sentences = "Stress of the vowels in pronunciations (CMU Pronouncing Dictionary)", stress_tagging()
+        origin, sentences = "Stress of the vowels in pronunciations (CMU Pronouncing Dictionary)", embedded()
         if settings.small:
             sentences = Split(*(part[:size] for part, size in zip(sentences, SMALL_SIZES, strict=True)))
     else:
@@ -145,6 +162,14 @@ def read_task(settings: Settings) -> Task:
     about = f"{origin}: {sizes}; {vocabulary.num_tags} tags; {threads} thread{'s' * (threads > 1)}."
     gold = [example["tags"].numpy() for example in data[2]]  # type: ignore[union-attr]
     return Task(about, sentences, vocabulary, data, gold)
+
+
+def embedded() -> Split[TaggedSentence]:
+    """The sentences that come along."""
+    try:
+        return stress_tagging()
+    except ImportError as error:
+        raise InputError(str(error)) from error
 
 
 def read_file(path: Path, column: str | None) -> list[TaggedSentence]:
@@ -172,7 +197,7 @@ def train(
     trained = Trained(candidate, [], [])
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        model: Any = candidate.build(task.vocabulary, settings.small)
+        model: Any = candidate.build(Setting(task.vocabulary, task.rules, settings.small))
         options = candidate.options(settings.small) | ({"epochs": settings.epochs} if settings.epochs else {})
         checkpoints = folder / candidate.key / f"seed-{seed}"
         record = fit(
@@ -197,6 +222,9 @@ def narrow(data: Dataset, fields: Sequence[str]) -> Dataset:
 def lay_out(task: Task, trained: list[Trained], seeds: int) -> Outcome:
     """The table, the paired differences and the pictures."""
     notes = [f"Each model was trained {seeds} times."] if seeds > 1 else []
+    can_draw = find_spec("matplotlib") is not None
+    if not can_draw:
+        notes.append("No pictures without matplotlib: pip install 'probllm[plots]'")
     return Outcome(
         "tagging",
         "Does a law over whole tag sequences tag better than a decision at each word?",
@@ -204,7 +232,7 @@ def lay_out(task: Task, trained: list[Trained], seeds: int) -> Outcome:
         [MEASURES[0], *([SPAN_F1] if task.is_bio else []), *MEASURES[1:]],
         [Row(each.candidate.name, each.candidate.about, measure(task, each)) for each in trained],
         contrasts(task, trained),
-        pictures(task, trained),
+        pictures(task, trained) if can_draw else [],
         notes,
     )
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 BLUE, RED = "#3b76d6", "#d6453b"
 LINES = ("#3b76d6", "#e08a1e", "#2a9d6f", "#b565c7", "#d6453b", "#8a8a2a", "#2aa5b8", "#8c6d5a")
 
+LONGEST_LABEL = 20
+
 
 def plot_confusion(matrix: npt.ArrayLike, labels: Sequence[str], *, title: str = "") -> "Figure":
     """Confusion matrix: each gold tag's row shaded by its shares, the counts written in.
@@ -159,9 +161,15 @@ def _shade(axes: Any, values: npt.NDArray[np.float64], color: str) -> None:
 
 
 def _ticks(axes: Any, columns: Sequence[str], rows: Sequence[str], rotation: int) -> None:
-    align = {"ha": "right", "rotation_mode": "anchor"} if rotation == 60 else {}
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=rotation, fontsize=8, **align)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
+    # Words come from data: a dollar sign in one is no formula, and a long one must not squeeze out the picture.
+    style: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+    slanted = {"ha": "right", "rotation_mode": "anchor"} if rotation == 60 else {}
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [_clip(c) for c in columns], rotation=rotation, **style, **slanted)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [_clip(row) for row in rows], **style)
+
+
+def _clip(label: str) -> str:
+    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
 
 
 def _frame(column: int, row: int) -> Any:

@@ -54,6 +54,16 @@ def test_marginals_show_only_the_tags_that_matter_and_mark_gold_and_predicted():
     assert "<svg" in svg(figure)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_words_of_any_kind_can_be_drawn():
+    tokens = ["$x^$", "$$", "http://example.org/" + "a" * 300, "<b>&", "語"]
+    figure = plot_marginals(np.eye(5), tokens, ["O", "$_", "B-" + "x" * 50, "B", "I"])
+    assert "<svg" in svg(figure)
+    labels = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+    assert labels[0] == "$x^$"
+    assert max(map(len, labels)) == 20
+
+
 def test_shapes_that_disagree_are_refused():
     with pytest.raises(ValueError, match="one label a tag"):
         plot_confusion([[1, 2], [3, 4]], ["a"])
