@@ -1,5 +1,6 @@
 """A run that was cut off goes on to the same numbers, bit for bit on one thread."""
 
+import json
 import os
 import signal
 import subprocess
@@ -99,6 +100,19 @@ def test_joint_training_goes_on_to_the_same_numbers(tmp_path):
     assert numbers(run) == numbers(reference)
     for name, model in models.items():
         assert_equal_weights(weights(model), weights(whole[name]))
+
+
+def test_metrics_of_epochs_after_the_checkpoint_are_not_told_twice(tmp_path):
+    def until(at, **options):
+        with pytest.raises(KeyboardInterrupt):
+            fit(built(at=at), DATA, HELD_OUT, folder=tmp_path, **options, **SETTINGS)
+        return [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    assert until(8) == [1]
+    checkpoint = (tmp_path / CHECKPOINT_FILE).read_bytes()
+    assert until(13, resume=True) == [1, 2, 3]
+    (tmp_path / CHECKPOINT_FILE).write_bytes(checkpoint)  # as if the run had been killed before the next one
+    assert until(5, resume=True) == [1, 2]
 
 
 def test_a_finished_run_is_read_back_and_not_repeated(tmp_path):
