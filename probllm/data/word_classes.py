@@ -57,15 +57,14 @@ class WordClasses:
         self._class_ids = {name: index for index, name in enumerate(names, start=self.first_class + 1)}
         if len(self._word_ids) != len(self.words) or len(self._class_ids) != len(names):
             raise ValueError("words and classes must be distinct")
-        self.parent: list[int] = list(range(self.first_class + 1))
-        """For each class the symbol of the next more general one; the root, padding and words are their own."""
+        self.parent: list[int] = [0, *map(self.class_of, self.words), self.first_class]
+        """For each symbol the next more general one: for a word the class that it would take were it unknown, for a
+        class that of the shorter suffix; the root and padding are their own."""
         for shape, suffix in names:
             self.parent.append(self._class_ids[shape, suffix[1:]] if suffix else self.first_class)
-        self.unknown_class: list[int] = [0, *map(self.class_of, self.words), *range(self.first_class, len(self))]
-        """For each word the class that it would take were it unknown; classes and padding are their own."""
 
     @classmethod
-    def build(cls, words: Iterable[str], min_count: int = 1, rare: int = 10, min_class_count: int = 1) -> WordClasses:
+    def build(cls, words: Iterable[str], min_count: int = 1, rare: int = 10, min_class_count: int = 2) -> WordClasses:
         """Known words and classes from the words of a training text.
 
         Args:
@@ -107,8 +106,17 @@ class WordClasses:
         return self._class_ids[shape, ""]
 
     def encode(self, words: Iterable[str]) -> list[int]:
-        """The symbol of each word."""
-        return [self._word_ids.get(word) or self.class_of(word) for word in words]
+        """The symbols of a sentence's words.
+
+        The first word, and words all in capitals, are taken for the same in small letters if only that is known.
+        """
+        return [self._symbol(word, position == 0) for position, word in enumerate(words)]
+
+    def _symbol(self, word: str, first: bool) -> int:
+        known = self._word_ids.get(word)
+        if known is None and (first or (len(word) > 1 and word.isupper())):
+            known = self._word_ids.get(word.lower())
+        return self.class_of(word) if known is None else known
 
     def name(self, symbol: int) -> str:
         """A symbol for reading: the word, or ``<Xx:burg>`` for a class.

@@ -36,7 +36,10 @@ def test_shape_of_a_word(word, shape):
 def test_unknown_words_take_the_longest_known_suffix_in_their_shape(train, other, least, rare, shared):
     classes = WordClasses.build(train, least, rare, shared)
     suffixes = set(classes.classes)
-    for word, symbol in zip(train + other, classes.encode(train + other), strict=True):
+    for position, word in enumerate(train + other):
+        symbol = classes.encode(["-"] * position + [word])[position]
+        small = (position == 0 or (len(word) > 1 and word.isupper())) and train.count(word) < least
+        word = word.lower() if small and train.count(word.lower()) >= least else word
         assert (symbol < classes.first_class) == (train.count(word) >= least)
         if symbol < classes.first_class:
             assert classes.name(symbol) == word
@@ -53,21 +56,25 @@ def test_unknown_words_take_the_longest_known_suffix_in_their_shape(train, other
 @given(words_strategy)
 def test_parents_lead_to_the_root_by_shortening_the_suffix(train):
     classes = WordClasses.build(train)
-    assert len(classes.parent) == len(classes.unknown_class) == len(classes)
+    assert len(classes.parent) == len(classes)
     root = classes.first_class
-    for symbol in range(len(classes)):
-        parent = classes.parent[symbol]
-        if symbol <= root:
+    for symbol, parent in enumerate(classes.parent):
+        if symbol in (0, root):
             assert parent == symbol
+        elif symbol < root:
+            assert parent == classes.class_of(classes.name(symbol))
         elif parent == root:
             assert classes.name(symbol).endswith(":>")
         else:
             shape, suffix = classes.name(symbol)[1:-1].split(":")
             assert classes.name(parent) == f"<{shape}:{suffix[1:]}>"
-        if 0 < symbol < root:
-            assert classes.unknown_class[symbol] == classes.class_of(classes.name(symbol))
-        else:
-            assert classes.unknown_class[symbol] == symbol
+
+
+def test_capitals_of_the_first_word_and_of_whole_words_say_nothing_new():
+    classes = WordClasses.build(["the", "cat", "Paris"])
+    the, cat, paris = classes.encode(["the", "cat", "Paris"])
+    assert classes.encode(["The", "CAT", "Paris"]) == [the, cat, paris]
+    assert classes.encode(["the", "Cat", "PARIS"]) == [the, classes.class_of("Cat"), classes.class_of("PARIS")]
 
 
 @given(words_strategy)
