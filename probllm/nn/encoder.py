@@ -43,7 +43,7 @@ def pick(inputs: Inputs, key: str) -> Tensor:
 
 
 def check_ids(name: str, ids: Tensor, size: int, rank: int) -> None:
-    """Raise unless ``ids`` is a long (or int) tensor of that rank with values in ``0..size-1``.
+    """Raise unless ``ids`` is a long (or int) tensor of that rank with values in ``0..size-1`` and a length.
 
     The range is looked at on the CPU alone, where it costs microseconds; on a GPU it would stall the stream, and the
     embedding kernel asserts it anyway.
@@ -53,6 +53,7 @@ def check_ids(name: str, ids: Tensor, size: int, rank: int) -> None:
     if ids.dim() != rank:
         axes = ("batch", "length", "ids of each word")[:rank]
         raise ValueError(f"{name} has shape {list(ids.shape)}; expected {rank} axes [{', '.join(axes)}]")
+    _check_length(name, ids)
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or in_transform(ids) or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
@@ -71,11 +72,17 @@ def check_mask(mask: Tensor | None, shape: torch.Size, name: str = "mask") -> No
 
 
 def check_states(name: str, states: Tensor, dim: int) -> None:
-    """Raise unless ``states`` is a floating tensor ``[batch, length, dim]``."""
+    """Raise unless ``states`` is a floating tensor ``[batch, length, dim]``, ``length`` at least 1."""
     if not states.is_floating_point():
         raise TypeError(f"{name} has dtype {states.dtype}; expected a floating dtype")
     if states.dim() != 3 or states.shape[-1] != dim:
         raise ValueError(f"{name} has shape {list(states.shape)}; expected [batch, length, {dim}]")
+    _check_length(name, states)
+
+
+def _check_length(name: str, tensor: Tensor) -> None:
+    if not tensor.shape[1]:
+        raise ValueError(f"{name} has length 0; expected at least one position")
 
 
 def check_dropout(name: str, probability: float) -> None:

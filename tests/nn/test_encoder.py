@@ -272,6 +272,7 @@ def test_bad_inputs_raise_at_the_door_by_name(name):
         ({**inputs, key: inputs[key][0]}, None, ValueError, key),
         ({**inputs, key: inputs[key] + 50}, None, ValueError, f"{key} has ids from .* expected ids from 0"),
         ({**inputs, key: inputs[key] - 50}, None, ValueError, f"{key} has ids from -"),
+        ({k: v[:, :0] for k, v in inputs.items()}, None, ValueError, "has length 0"),
         ({}, None, ValueError, "inputs has the keys"),
         (inputs, torch.ones(2, 4), TypeError, "mask"),
         (inputs, torch.ones(2, 5, dtype=torch.bool), ValueError, "mask"),
