@@ -12,6 +12,7 @@ from torch import nn
 from probllm.data.dataset import Dataset
 from probllm.models.model import Model
 from probllm.training import Run, fit
+from probllm.training.schedule import rate_factor
 from tests.models.battery import assert_equal_weights, weights
 from tests.training.tagging import TinyTagger, accuracy, tagged
 
@@ -60,6 +61,19 @@ def test_the_first_epochs_loss_is_the_mean_over_sequences_before_a_vanishing_ste
     run = fit(model, DATA, HELD_OUT, **QUICK | {"learning_rate": 1e-12, "batch_size": 7})
     assert run.history[0]["loss"] == pytest.approx(before, rel=1e-5)
     assert run.history[0]["validation_loss"] == pytest.approx(validation_loss(model, HELD_OUT), rel=1e-5)
+
+
+def test_the_optimiser_follows_the_schedule():
+    rates = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    run = fit(TinyTagger(), DATA, optimiser=lambda groups: Spy(groups), warmup=0.25, **QUICK)
+    assert rates == pytest.approx([0.05 * rate_factor("cosine", (step + 0.5) / 16, 0.25) for step in range(16)])
+    assert run.history[0]["learning_rate"] == pytest.approx(sum(rates[:4]) / 4)
 
 
 def test_a_dict_of_tensors_is_data_too():
@@ -152,7 +166,7 @@ def test_every_validation_draws_the_same_random_numbers():
         def loss(self, batch):
             return super().loss(batch) if self.training else torch.rand(())
 
-    run = fit(Noisy(), DATA, HELD_OUT, **QUICK)
+    run = fit(Noisy(dropout=0.3), DATA, HELD_OUT, **QUICK)
     assert len({row["validation_loss"] for row in run.history}) == 1
 
 
