@@ -84,14 +84,39 @@ def test_gradient_of_a_row_without_mass_is_zero(case: Case) -> None:
 
 
 @given(cases(forbidden=False))
-def test_matrix_products_and_log_space_agree(case: Case) -> None:
-    scaled = second_order.log_partition(*case)
-    safe_range, second_order.SAFE_RANGE = second_order.SAFE_RANGE, -1.0
-    try:
+def test_kernel_matrix_products_and_log_space_agree(case: Case) -> None:
+    compiled = second_order.log_partition(*case)
+    scaled = second_order.log_partition_torch(*case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(second_order, "SAFE_RANGE", -1.0)
         in_logs = second_order.log_partition(*case)
-    finally:
-        second_order.SAFE_RANGE = safe_range
+    torch.testing.assert_close(compiled, in_logs, rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(scaled, in_logs, rtol=1e-12, atol=1e-10)
+
+
+@given(cases())
+def test_compiled_viterbi_is_the_torch_twin(case: Case) -> None:
+    compiled, twin = second_order.viterbi(*case), second_order.viterbi_torch(*case)
+    torch.testing.assert_close(compiled[0], twin[0])
+    for path in (compiled[1], twin[1]):
+        assert path.shape == case[0].shape[:-1]
+
+
+@given(cases(), st.booleans())
+def test_compiled_gradient_is_the_torch_twins(case: Case, forbid_tags: bool) -> None:
+    weights = torch.linspace(-1.0, 2.0, len(case[0]), dtype=torch.float64)
+    steps = [x.nan_to_num(neginf=-3.0).clamp(-30, 30) for x in case[1:4]]  # within the range of the kernel
+    emissions = case[0].clamp(-50, 50)
+    if forbid_tags and emissions.shape[-1] > 1:
+        emissions = emissions.index_fill(-1, torch.tensor([0]), -torch.inf)
+    found = []
+    for function in (second_order.log_partition, second_order.log_partition_torch):
+        scores = [x.clone().requires_grad_() for x in (emissions, *steps)]
+        total = function(*scores, case[4])
+        gradients = torch.autograd.grad((weights * total).sum(), scores, allow_unused=True)
+        found.append([torch.zeros_like(x) if g is None else g for g, x in zip(gradients, scores, strict=True)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 @given(cases())
@@ -151,3 +176,19 @@ def test_twice_differentiable() -> None:
     shapes = ((1, 4, 2), (2,), (2, 2), (2, 2, 2))
     scores = [torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     assert torch.autograd.gradgradcheck(lambda *x: second_order.log_partition(*x, torch.tensor([4])), scores)
+
+
+def test_vmap_and_grad_of_functions_agree_with_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    emissions = torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)
+    start, second, transitions = (torch.randn(*(2,) * n, generator=generator, dtype=torch.float64) for n in (1, 2, 3))
+    lengths = torch.tensor(4)
+
+    def value(e: Tensor) -> Tensor:
+        return second_order.log_partition(e, start, second, transitions, lengths)
+
+    together = torch.func.vmap(torch.func.grad(value))(emissions)
+    for row, expected in zip(emissions, together, strict=True):
+        row = row.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(value(row), row)
+        torch.testing.assert_close(gradient, expected)
