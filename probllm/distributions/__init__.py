@@ -1,1 +1,8 @@
+"""Pyro distributions whose sample is a structure, or that have summed one out."""
 
+from probllm.distributions.hidden_markov_model import HiddenMarkovModel
+from probllm.distributions.linear_chain_crf import LinearChainCRF
+from probllm.distributions.second_order_crf import SecondOrderCRF
+from probllm.distributions.structure import StructuredDistribution
+
+__all__ = ["HiddenMarkovModel", "LinearChainCRF", "SecondOrderCRF", "StructuredDistribution"]

@@ -56,7 +56,9 @@ def as_chain(
     if steps < 1 or k < 1:
         raise ValueError(f"emissions: expected T >= 1 and K >= 1, got shape {list(emissions.shape)}")
     if transitions.dim() < 2 or transitions.shape[-2:] != (k, k):
-        raise ValueError(f"transitions: expected shape [{k}, {k}] or [..., {steps - 1}, {k}, {k}], got {list(transitions.shape)}")
+        raise ValueError(
+            f"transitions: expected shape [{k}, {k}] or [..., {steps - 1}, {k}, {k}], got {list(transitions.shape)}"
+        )
     if transitions.dim() > 2 and transitions.shape[-3] not in (1, steps - 1):
         raise ValueError(
             f"transitions: expected {steps - 1} steps (or 1 for all) at dimension -3, got shape {list(transitions.shape)}"
@@ -111,21 +113,23 @@ def as_chain(
         full = transitions.to(dtype).reshape(*own, *transitions.shape[-3:])
         full = full.expand(*batch_shape[:kept], *own[kept:], *transitions.shape[-3:])
         table = full.reshape(-1 if rows else max(1, math.prod(batch_shape[:kept])), *transitions.shape[-3:])
-    zero = flat.new_zeros(()).expand(rows, k)
+    zero = flat.new_zeros(rows, k) if start is None or end is None else flat
     starts = zero if start is None else start.to(dtype).expand(*batch_shape, k).reshape(rows, k)
     ends = zero if end is None else end.to(dtype).expand(*batch_shape, k).reshape(rows, k)
     if lengths is None:
         flat_lengths = torch.full((rows,), steps, dtype=torch.long, device=emissions.device)
     else:
         flat_lengths = lengths.to(emissions.device, torch.long).expand(batch_shape).reshape(rows)
-        if not _is_wrapped(flat_lengths) and rows:
+        if not is_wrapped(flat_lengths) and rows:
             low, high = flat_lengths.aminmax()
             if int(low) < 1 or int(high) > steps:
-                raise ValueError(f"lengths: expected values from 1 to {steps}, got values from {int(low)} to {int(high)}")
+                raise ValueError(
+                    f"lengths: expected values from 1 to {steps}, got values from {int(low)} to {int(high)}"
+                )
     return Chain(flat, table, starts, ends, flat_lengths, torch.Size(batch_shape))
 
 
-def _is_wrapped(x: Tensor) -> bool:
+def is_wrapped(x: Tensor) -> bool:
     """Whether a torch.func transform hides the values of ``x``."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))  # type: ignore[attr-defined]
 
@@ -149,7 +153,7 @@ def log_partition(
     """
     chain = as_chain(emissions, transitions, start, end, lengths)
     log_z = chain_log_partition(chain)
-    return log_z if len(chain.batch_shape) == 1 and log_z.dtype == emissions.dtype else log_z.view(chain.batch_shape).to(emissions.dtype)
+    return log_z.view(chain.batch_shape).to(emissions.dtype)
 
 
 def marginals(
@@ -166,9 +170,9 @@ def marginals(
 
 
 def chain_log_partition(chain: Chain) -> Tensor:
-    """``log_partition`` of scores already in shape: ``[B]``."""
+    """``log_partition`` of scores already in shape: ``[B]`` float64, so that a log probability can be taken before rounding."""
     if chain.emissions.device.type != "cpu":
-        return chain_torch.log_partition(*chain[:5])
+        return chain_torch.log_partition(*chain[:5]).double()
     result: Tensor = _LogPartition.apply(*chain[:5], [])
     return result
 
@@ -205,7 +209,7 @@ class _LogPartition(torch.autograd.Function):
         done = forward_backward(emissions, transitions, start, end, lengths, backward=2 if wanted else 0)
         if wanted:
             box.append(done)
-        return done.log_z.to(emissions.dtype)
+        return done.log_z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,6 +220,7 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         emissions, transitions, start, end, lengths = ctx.saved_tensors
+        grad = grad.to(emissions.dtype)
         if torch.is_grad_enabled() or not ctx.box:  # someone will differentiate what this returns
             tags, pairs, first, last = _Expectations.apply(grad, emissions, transitions, start, end, lengths)
             return tags, pairs, first, last, None, None
@@ -227,7 +232,7 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        emissions, transitions, start, end, lengths = ctx.saved_tensors
+        emissions, transitions, start, end, lengths = (x.contiguous() for x in ctx.saved_tensors)
         ones = emissions.new_ones(emissions.shape[0])
         tags, _, first, last = _Expectations.apply(ones, emissions, transitions, start, end, lengths)
         change = emissions.new_zeros(emissions.shape[0])
@@ -238,7 +243,7 @@ class _LogPartition(torch.autograd.Function):
         for part, tangent in ((first, tangents[2]), (last, tangents[3])):
             if tangent is not None:
                 change = change + (part * tangent).sum(-1)
-        return change
+        return change.double()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -262,16 +267,23 @@ class _Expectations(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weights, emissions, transitions, start, end, lengths = ctx.saved_tensors
-
-        def expectations(w: Tensor, e: Tensor, a: Tensor, s: Tensor, f: Tensor) -> tuple[Tensor, ...]:
-            return chain_torch.expectations(w, e, a, s, f, lengths)
-
-        _, pull = torch.func.vjp(expectations, weights, emissions, transitions, start, end)
+        *scores, lengths = ctx.saved_tensors
+        _, pull = torch.func.vjp(lambda *x: chain_torch.expectations(*x, lengths), *scores)
         return (*pull(grads), None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        *saved, lengths = ctx.saved_tensors
+        scores = [x.contiguous() for x in saved]  # forward mode takes no tensor that repeats its memory
+        along = tuple(torch.zeros_like(x) if d is None else d for x, d in zip(scores, tangents[:5], strict=True))
+        changes: tuple[Tensor, ...] = torch.func.jvp(
+            lambda *x: chain_torch.expectations(*x, lengths), tuple(scores), along
+        )[1]
+        return changes
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

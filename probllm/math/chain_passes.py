@@ -41,7 +41,9 @@ class ScaledPart:
             # weights[:, 0] is 0, so the step from one row's last position to the next row's first adds nothing
             sums = torch.mm(self.alpha.view(-1, width)[:-1].t(), weights.view(-1, width)[1:]).view(1, 1, width, width)
         elif times == 1:
-            sums = torch.bmm(self.alpha.view(groups, -1, width)[:, :-1].mT, weights.view(groups, -1, width)[:, 1:]).unsqueeze(1)
+            sums = torch.bmm(
+                self.alpha.view(groups, -1, width)[:, :-1].mT, weights.view(groups, -1, width)[:, 1:]
+            ).unsqueeze(1)
         else:
             before = self.alpha.view(groups, n // groups, steps, width)[:, :, :-1].permute(0, 2, 3, 1)
             after = weights.view(groups, n // groups, steps, width)[:, :, 1:].permute(0, 2, 1, 3)

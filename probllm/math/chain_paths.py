@@ -48,7 +48,9 @@ def best_paths(chain: Chain) -> Tensor:
         raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
     flags = np.zeros(rows, np.int64)
     in_group = rows // groups
-    order = np.argsort(-lengths.reshape(groups, in_group), axis=1, kind="stable") + in_group * np.arange(groups)[:, None]
+    order = (
+        np.argsort(-lengths.reshape(groups, in_group), axis=1, kind="stable") + in_group * np.arange(groups)[:, None]
+    )
     # a transition table that spans more than float32 resolves is taken in float64 from the start
     finite = transitions[np.isfinite(transitions)]
     wide = bool(finite.size) and float(finite.max()) - float(finite.min()) > kernels.SPAN32

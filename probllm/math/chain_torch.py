@@ -25,9 +25,7 @@ def safe_logsumexp(x: Tensor, dim: int) -> Tensor:
     return torch.where(empty, torch.full_like(log, -math.inf), log)
 
 
-def log_partition(
-    emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor
-) -> Tensor:
+def log_partition(emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor) -> Tensor:
     """log Z ``[B]`` by the forward recursion in log space; O(T B K^2) memory with gradients."""
     rows, steps, k = emissions.shape
     groups, times = transitions.shape[:2]

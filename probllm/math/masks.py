@@ -23,7 +23,9 @@ def lengths_from_mask(mask: Tensor) -> Tensor:
         raise ValueError("mask: expected shape [..., length], got a scalar")
     lengths = mask.sum(-1)
     if not torch.equal(mask, mask_from_lengths(lengths, mask.shape[-1])):
-        raise ValueError("mask: expected padding on the right only (laws take lengths); a row has padding before a word")
+        raise ValueError(
+            "mask: expected padding on the right only (laws take lengths); a row has padding before a word"
+        )
     if bool((lengths < 1).any()):
         raise ValueError("mask: expected at least one real position in every row; a row has none")
     return lengths

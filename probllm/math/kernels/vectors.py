@@ -82,7 +82,9 @@ class _Emit:
         return self.builder.call(function, [self.scalar(0.0), self.builder.load(variable)], fastmath=("reassoc",))
 
     def vectors(self, width: Any) -> Any:
-        return cgutils.for_range_slice(self.builder, self.integer(0), width, self.integer(self.lanes), intp=self.integer)
+        return cgutils.for_range_slice(
+            self.builder, self.integer(0), width, self.integer(self.lanes), intp=self.integer
+        )
 
 
 def _tile(lanes: int, vectors: int, rows: int, best: bool = False) -> Any:
@@ -131,7 +133,9 @@ def _ahead(lanes: int) -> Any:
             y_data, q_data, x_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4))
             factor, total = emit.spread(arguments[1]), emit.variable()
             with emit.vectors(arguments[5]) as (v, _):
-                value = emit.times(emit.times(emit.load(y_data, v), factor), emit.load(q_data, builder.add(v, arguments[3])))
+                value = emit.times(
+                    emit.times(emit.load(y_data, v), factor), emit.load(q_data, builder.add(v, arguments[3]))
+                )
                 emit.store(value, x_data, v)
                 emit.add_to(total, value)
             return emit.total(total)

@@ -1,0 +1,208 @@
+"""The hidden Markov model: a law over observation sequences in which the chain of states is summed out exactly.
+
+    z_1 ~ initial,   z_t ~ transition(z_{t-1}),   x_t ~ observation(z_t),        p(x) = sum_z p(z, x)         (Rabiner 1989)
+
+There are T - 1 transitions: the first state comes from ``initial`` itself. (Pyro's ``DiscreteHMM`` makes a transition before its
+first observation.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NoReturn, Self
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from probllm.distributions.linear_chain_crf import LinearChainCRF
+from probllm.math.chain import as_chain, chain_log_partition
+from probllm.math.masks import mask_from_lengths
+
+
+class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
+    """Law over observations ``[T, *observation]`` of a Markov chain with K hidden states.
+
+    Args:
+        initial_logits: ``[..., K]`` logits of the first state.
+        transition_logits: ``[K, K]``, ``[from, to]``, or ``[..., T - 1, K, K]`` (or ``[..., 1, K, K]``); normalised over the last dimension.
+        observation_dist: law of an observation given the state, batch shape ``[K]`` or one that broadcasts to ``[*batch, T, K]``;
+            any distribution of Pyro or torch.
+        lengths: ``[*batch]`` from 1 to T.
+        duration: T, where nothing else tells it; a homogeneous model needs it to be sampled.
+    Raises:
+        ValueError: for shapes that do not agree or lengths out of range.
+    Source: Rabiner (1989).
+    """
+
+    has_enumerate_support = False
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(
+        self,
+        initial_logits: Tensor,
+        transition_logits: Tensor,
+        observation_dist: Any,
+        lengths: Tensor | None = None,
+        duration: int | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        k = initial_logits.shape[-1]
+        if transition_logits.dim() < 2 or transition_logits.shape[-2:] != (k, k):
+            raise ValueError(f"transition_logits: expected [..., {k}, {k}], got {list(transition_logits.shape)}")
+        over = observation_dist.batch_shape
+        if not over or over[-1] not in (1, k):
+            raise ValueError(f"observation_dist: expected batch shape [..., {k}] (states last), got {list(over)}")
+        steps = {over[-2]} if len(over) > 1 and over[-2] > 1 else set()
+        if transition_logits.dim() > 2 and transition_logits.shape[-3] > 1:
+            steps.add(transition_logits.shape[-3] + 1)
+        if duration is not None:
+            if duration < 1:
+                raise ValueError(f"duration: expected at least 1, got {duration}")
+            steps.add(duration)
+        if len(steps) > 1:
+            raise ValueError(
+                f"observation_dist, transition_logits and duration disagree on the number of steps: {sorted(steps)}"
+            )
+        self.duration = (
+            steps.pop() if steps else (1 if transition_logits.dim() > 2 and transition_logits.shape[-3] == 0 else None)
+        )
+        self.initial = torch.log_softmax(initial_logits, -1)
+        self.transition = torch.log_softmax(transition_logits, -1)
+        # a state that nothing may follow keeps nothing, and not NaN
+        self.transition = torch.where(
+            torch.isnan(self.transition), torch.full_like(self.transition, -math.inf), self.transition
+        )
+        self.observation_dist = observation_dist
+        self.lengths = lengths
+        batch = torch.broadcast_shapes(
+            initial_logits.shape[:-1],
+            transition_logits.shape[:-3] if transition_logits.dim() > 2 else (),
+            over[:-2],
+            () if lengths is None else lengths.shape,
+        )
+        if lengths is not None:
+            low, high = int(lengths.min()), int(lengths.max())
+            if low < 1 or (self.duration is not None and high > self.duration):
+                raise ValueError(
+                    f"lengths: expected values from 1 to {self.duration or 'T'}, got values from {low} to {high}"
+                )
+        event = torch.Size((self.duration or 1, *observation_dist.event_shape))
+        self._own_shape = torch.Size(batch)
+        super().__init__(self._own_shape, event, validate_args=False)
+
+    @property
+    def num_states(self) -> int:
+        return int(self.initial.shape[-1])
+
+    @property
+    def support(self) -> constraints.Constraint:
+        inner = self.observation_dist.support
+        return constraints.independent(inner, 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        new = self._get_checked_instance(type(self), _instance)
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = value
+        shape = torch.Size(batch_shape)
+        if torch.broadcast_shapes(self.batch_shape, shape) != shape:
+            raise ValueError(f"batch_shape: cannot expand {list(self.batch_shape)} to {list(shape)}")
+        new._batch_shape = shape
+        return new
+
+    def emissions(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
+        """log p(x_t | z_t = k) as ``[..., T, K]``; 0 where ``observed`` is False, and on padding.
+
+        Args:
+            value: ``[..., T, *observation]``.
+            observed: ``[..., T]`` bool; False where a step's observation is missing (its value is ignored).
+        """
+        inner = len(self.observation_dist.event_shape)
+        if value.dim() < 1 + inner:
+            raise ValueError(
+                f"value: expected shape [..., T, *{list(self.observation_dist.event_shape)}], got {list(value.shape)}"
+            )
+        at = value.dim() - 1 - inner
+        steps = value.shape[at]
+        if self.duration is not None and steps != self.duration:
+            raise ValueError(f"value: expected {self.duration} steps, got shape {list(value.shape)}")
+        if value.shape[at + 1 :] != self.observation_dist.event_shape:
+            raise ValueError(
+                f"value: expected observations of shape {list(self.observation_dist.event_shape)}, got {list(value.shape)}"
+            )
+        real = None if self.lengths is None else mask_from_lengths(self.lengths, steps)
+        if observed is not None:
+            if observed.dtype != torch.bool:
+                raise TypeError(f"observed: expected dtype torch.bool, got {observed.dtype}")
+            real = observed if real is None else real & observed
+        if real is not None:
+            real = real.expand(torch.broadcast_shapes(real.shape, value.shape[: at + 1]))
+            value = value.expand(*real.shape, *value.shape[at + 1 :])
+            legal = self._legal(value)
+            value = torch.where(real.reshape(*real.shape, *(1,) * inner), value, legal)
+        found: Tensor = self.observation_dist.log_prob(value.unsqueeze(value.dim() - inner))
+        found = found.expand(*found.shape[:-1], self.num_states)
+        return found if real is None else torch.where(real.unsqueeze(-1), found, torch.zeros_like(found))
+
+    def _legal(self, value: Tensor) -> Tensor:
+        """One observation in the support, to stand at missing and padded steps while they are scored."""
+        with torch.no_grad():
+            one = self.observation_dist.sample()
+        inner = len(self.observation_dist.event_shape)
+        return one.reshape(-1, *one.shape[one.dim() - inner :])[0].to(value.dtype)
+
+    def _scores(self, value: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        emissions = self.emissions(value, observed)
+        shape = torch.broadcast_shapes(emissions.shape[:-2], self.batch_shape)
+        return emissions.expand(*shape, *emissions.shape[-2:]), self.transition, self.initial
+
+    def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
+        """log p(x) ``[...]``, in nats, all state sequences summed out; steps where ``observed`` is False are summed out too."""
+        emissions, transition, initial = self._scores(value, observed)
+        chain = as_chain(emissions, transition, initial, None, self.lengths)
+        return chain_log_partition(chain).view(chain.batch_shape).to(emissions.dtype)
+
+    def posterior(self, value: Tensor, observed: Tensor | None = None) -> LinearChainCRF:
+        """p(z | x), a law over state sequences; its ``log_partition`` is log p(x)."""
+        emissions, transition, initial = self._scores(value, observed)
+        return LinearChainCRF(emissions, transition, initial, None, self.lengths)
+
+    def log_prob_joint(self, states: Tensor, value: Tensor, observed: Tensor | None = None) -> Tensor:
+        """log p(z, x) ``[...]``, in nats."""
+        return self.posterior(value, observed).score(states)
+
+    def _prior(self) -> LinearChainCRF:
+        if self.duration is None:
+            raise ValueError("duration: a homogeneous model is sampled only when duration is given")
+        emissions = self.initial.new_zeros(*self.batch_shape, self.duration, self.num_states)
+        return LinearChainCRF(emissions, self.transition, self.initial, None, self.lengths)
+
+    def sample_joint(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:
+        """States ``[*sample_shape, *batch, T]`` and observations ``[*sample_shape, *batch, T, *observation]``, exact samples."""
+        with torch.no_grad():
+            states = self._prior().sample(sample_shape)
+            full = (*states.shape, self.num_states)
+            drawn = self.observation_dist.expand(full).sample()
+            inner = len(self.observation_dist.event_shape)
+            at = states.reshape(*states.shape, *(1,) * (inner + 1)).expand(
+                *states.shape, 1, *self.observation_dist.event_shape
+            )
+            return states, drawn.gather(states.dim(), at).squeeze(states.dim())
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Observations ``[*sample_shape, *batch, T, *observation]``."""
+        return self.sample_joint(sample_shape)[1]
+
+    def _intractable(self, what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"the {what} of an HMM's observations is intractable: every observation sequence sums over all state sequences; "
+            "posterior(x) has it for the states"
+        )
+
+    @property
+    def mode(self) -> Tensor:
+        self._intractable("mode")
+
+    def entropy(self) -> Tensor:
+        self._intractable("entropy")

@@ -1,0 +1,329 @@
+"""What every law over structures can do, derived once.
+
+A structure's score is a sum over its parts, so the law is an exponential family, p(x) = exp(score(x)) / Z. A subclass gives the
+recursions (``_log_z``, ``_expected``, ``_best``, ``_k_best``, ``_draw``), the score of a structure and its parts; this class derives
+
+    log_prob(x) = score(x) - log Z               entropy = log Z - E[score]
+    cross_entropy(p, q) = log Z_q - E_p[score_q]          KL(p, q) = cross_entropy(p, q) - entropy(p)
+    log_prob_partial(allowed) = log Z(allowed) - log Z    log_count = log Z at scores 0
+
+Where nothing is allowed: log_partition and log_prob are -inf, marginals, entropy and gradients 0, mode and samples -1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Self
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.kl import register_kl
+
+from probllm.math.chain import is_wrapped
+
+
+class _Structures(constraints.Constraint):
+    """Entries from -1 (nothing is allowed) to a greatest value."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, greatest: int) -> None:
+        self.greatest = greatest
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value >= -1) & (value <= self.greatest)).all(-1)
+
+
+class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
+    """A law over structures with additive scores; see the module's text for what a subclass gives.
+
+    Parts are a dict of score tensors, the main one first. Properties are lazy and kept; ``expand`` shares what is kept.
+    """
+
+    has_enumerate_support = False
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    _own_shape: torch.Size  # batch shape of the scores as they are stored
+    _kept: dict[str, Tensor]
+
+    # ---- what a structure gives; every result is over the stored batch shape
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The score tensors by name, the main one first."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in parts")
+
+    def _with(self, **parts: Tensor) -> Self:
+        """The same structure with other scores."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _with")
+
+    def _log_z(self) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _log_z")
+
+    def _expected(self) -> dict[str, Tensor]:
+        """Expected parts, in shapes that broadcast with the parts."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _expected")
+
+    def _best(self) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _best")
+
+    def _k_best(self, k: int) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _k_best")
+
+    def _draw(self, n: int) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _draw")
+
+    def _score(self, value: Tensor) -> Tensor:
+        """Score in float64 of structures that are legal or, in a row where nothing is allowed, anything in range."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _score")
+
+    def _greatest(self) -> int:
+        """The greatest entry of a structure."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _greatest")
+
+    # ---- what follows
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return _Structures(self._greatest())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.parts.values())).dtype
+
+    def _keep(self, name: str, make: Any) -> Tensor:
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def _grow(self, x: Tensor) -> Tensor:
+        """Expands a result over the stored batch shape to the batch shape."""
+        if self._own_shape == self.batch_shape:
+            return x
+        return x.expand(self.batch_shape + x.shape[len(self._own_shape) :])
+
+    @property
+    def log_partition(self) -> Tensor:
+        """log Z ``[*batch]``, in nats."""
+        return self._grow(self._keep("log_z", self._log_z)).to(self._dtype)
+
+    @property
+    def marginals(self) -> Tensor:
+        """Probability of each main part: the gradient of ``log_partition`` in the main scores."""
+        name = next(iter(self.parts))
+        return self._grow(self._expected_parts()[name])
+
+    @property
+    def mode(self) -> Tensor:
+        """A structure of the highest score."""
+        return self._grow(self._keep("mode", self._best))
+
+    @property
+    def log_count(self) -> Tensor:
+        """Log of the number of structures that are allowed, float64."""
+        return self._grow(self._keep("log_count", self._log_of_count))
+
+    def _log_of_count(self) -> Tensor:
+        flat = {
+            name: torch.zeros_like(s, dtype=torch.float64).masked_fill(s == -math.inf, -math.inf)
+            for name, s in self.parts.items()
+        }
+        return self._with(**flat)._log_z()
+
+    def _expected_parts(self) -> dict[str, Tensor]:
+        if "expected" not in self._kept:
+            for name, x in self._expected().items():
+                self._kept["expected " + name] = x
+            self._kept["expected"] = torch.empty(0)
+        return {name: self._kept["expected " + name] for name in self.parts}
+
+    def score(self, value: Tensor) -> Tensor:
+        """Unnormalised log probability of structures ``[..., *event]``: ``[...]``, in nats; -inf for one that is forbidden."""
+        return self._score(self._checked(value)).to(self._dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability of structures ``[..., *event]``, in nats; padding is ignored."""
+        log_z = self._grow(self._keep("log_z", self._log_z))
+        possible = log_z > -math.inf
+        score = self._score(self._checked(value))
+        difference = score - torch.where(possible, log_z, torch.zeros_like(log_z))
+        return torch.where(possible, difference, torch.full_like(difference, -math.inf)).to(self._dtype)
+
+    def _checked(self, value: Tensor) -> Tensor:
+        """Raises for a value whose shape or dtype is wrong, or whose entries are out of range."""
+        shape = self.event_shape
+        if value.dtype not in (torch.long, torch.int, torch.short, torch.uint8, torch.int8):
+            raise TypeError(f"value: expected integers, got {value.dtype}")
+        if value.dim() < len(shape) or value.shape[value.dim() - len(shape) :] != shape:
+            raise ValueError(f"value: expected shape [..., {', '.join(map(str, shape))}], got {list(value.shape)}")
+        try:
+            torch.broadcast_shapes(value.shape[: value.dim() - len(shape)], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"value: batch shape {list(value.shape[: value.dim() - len(shape)])} does not broadcast with that of the law, "
+                f"{list(self.batch_shape)}"
+            ) from None
+        real = self._real(value)
+        if not is_wrapped(real) and real.numel():
+            low, high = real.aminmax()
+            if int(high) > self._greatest() or int(low) < -1:
+                raise ValueError(
+                    f"value: expected entries from 0 to {self._greatest()}, got entries from {int(low)} to {int(high)}"
+                )
+            if int(low) < 0:
+                log_z = self._grow(self._keep("log_z", self._log_z))
+                bad = ((real < 0).flatten(real.dim() - len(shape)).any(-1)) & (log_z > -math.inf)
+                if bool(bad.any()):
+                    raise ValueError(
+                        "value: entry -1 where structures are allowed (-1 stands for 'nothing is allowed')"
+                    )
+        return real.long().clamp_min(0)
+
+    def _real(self, value: Tensor) -> Tensor:
+        """The value with padding replaced by a legal entry."""
+        return value
+
+    def _validate_sample(self, value: Tensor) -> None:
+        """Checks belong to ``_checked``, which every path takes: padding may hold anything."""
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k structures of the highest scores, best first and distinct.
+
+        Returns:
+            scores ``[k, *batch]`` (differentiable) and structures ``[k, *batch, *event]``; -inf and -1 where there are fewer than k.
+        """
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        found = self._k_best(k)
+        first = found.flatten(1 + len(self._own_shape))[..., 0]
+        scores = self._score(found.clamp_min(0))
+        scores = torch.where(first >= 0, scores, torch.full_like(scores, -math.inf)).to(self._dtype)
+        own = len(self._own_shape)
+        size = (k, *self.batch_shape)
+        lead = (1,) * (len(self.batch_shape) - own)
+        scores = scores.view(k, *lead, *self._own_shape).expand(size)
+        return scores, found.view(k, *lead, *self._own_shape, *self.event_shape).expand(size + tuple(self.event_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Independent exact samples ``[*sample_shape, *batch, *event]``."""
+        shape = torch.Size(sample_shape)
+        with torch.no_grad():
+            own, full = self._own_shape, self.batch_shape
+            extra = full[: len(full) - len(own)]
+            if full[len(extra) :] == own:
+                drawn = self._draw(math.prod(shape) * math.prod(extra))
+            else:  # a dimension of size 1 was expanded: its copies are drawn independently
+                parts = {name: self._expand_part(name, x) for name, x in self.parts.items()}
+                drawn = self._with(**parts)._draw(math.prod(shape))
+            return drawn.reshape(*shape, *full, *self.event_shape)
+
+    def _expand_part(self, name: str, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _expand_part")
+
+    def entropy(self) -> Tensor:
+        """Entropy ``[*batch]``, in nats; 0 where nothing is allowed. Computed in float64."""
+
+        def make() -> Tensor:
+            wide = self._wide()
+            log_z = wide._keep("log_z", wide._log_z)
+            mean = wide._mean_of(wide.parts)
+            return torch.where(log_z > -math.inf, log_z - mean, torch.zeros_like(mean)).clamp_min(0)
+
+        return self._grow(self._keep("entropy", make)).to(self._dtype)
+
+    def _wide(self) -> Self:
+        """The same law in float64, where log Z and the mean score are far larger than their difference."""
+        if self._dtype == torch.float64:
+            return self
+        return self._with(**{name: x.double() for name, x in self.parts.items()})
+
+    def _mean_of(self, scores: dict[str, Tensor]) -> Tensor:
+        """E[sum of the parts' scores] over the stored batch; -inf where a possible part is forbidden by ``scores``."""
+        expected = self._expected_parts()
+        total = torch.zeros((), dtype=torch.float64, device=expected[next(iter(expected))].device)
+        for name, score in scores.items():
+            probability = expected[name].double()
+            forbidden = score == -math.inf
+            terms = probability * torch.where(forbidden, torch.zeros_like(score), score)
+            terms = terms.masked_fill(forbidden & (probability > 0), -math.inf)
+            total = total + self._sum_parts(name, terms)
+        return total
+
+    def _sum_parts(self, name: str, terms: Tensor) -> Tensor:
+        """Sums over the dimensions of a part, leaving the batch."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _sum_parts")
+
+    def _aligned(self, other: Self) -> dict[str, Tensor]:
+        """The parts of another law over the same structures, checked."""
+        if type(other) is not type(self):
+            raise TypeError(f"q: expected {type(self).__name__}, got {type(other).__name__}")
+        if other.event_shape != self.event_shape or other._greatest() != self._greatest():
+            raise ValueError(
+                f"q: expected a law over structures of shape {list(self.event_shape)} with entries to {self._greatest()}, "
+                f"got {list(other.event_shape)} with entries to {other._greatest()}"
+            )
+        return other.parts
+
+    def cross_entropy(self, q: Self) -> Tensor:
+        """-E_p[log q] ``[*batch]``, in nats; +inf where p allows what q forbids. Computed in float64."""
+        self._aligned(q)
+        wide, other = self._wide(), q._wide()
+        parts = wide._matching(other)
+        mean = wide._grow_to(wide._mean_of(parts), q)
+        log_z_p = wide._grow_to(wide._keep("log_z", wide._log_z), q)
+        log_z_q = other._grow_to(other._keep("log_z", other._log_z), self)
+        value = torch.where(log_z_q > -math.inf, log_z_q - mean, torch.full_like(mean, math.inf))
+        return torch.where(log_z_p > -math.inf, value, torch.zeros_like(value)).to(self._dtype)
+
+    def _grow_to(self, x: Tensor, other: StructuredDistribution) -> Tensor:
+        return x.expand(torch.broadcast_shapes(x.shape, self.batch_shape, other.batch_shape))
+
+    def _matching(self, other: Self) -> dict[str, Tensor]:
+        """The other law's parts in shapes that broadcast with this one's expected parts."""
+        return other.parts
+
+    def expectation(self, part_scores: Tensor | dict[str, Tensor]) -> Tensor:
+        """E[sum of the scores of a structure's parts] ``[*batch]``.
+
+        Args:
+            part_scores: a score for each main part, in the shape of the main scores, or a dict by the names in ``parts``.
+        """
+        names = list(self.parts)
+        scores = part_scores if isinstance(part_scores, dict) else {names[0]: part_scores}
+        for name, score in scores.items():
+            if name not in names:
+                raise ValueError(f"part_scores: expected names among {names}, got {name!r}")
+            try:
+                torch.broadcast_shapes(score.shape, self._expected_parts()[name].shape)
+            except RuntimeError:
+                raise ValueError(
+                    f"part_scores: expected {name} to broadcast with {list(self._expected_parts()[name].shape)}, got {list(score.shape)}"
+                ) from None
+        mean = self._mean_of(scores)
+        return mean.expand(torch.broadcast_shapes(mean.shape, self.batch_shape)).to(self._dtype)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        """The same law over a larger batch; scores are not copied, and what was computed is shared."""
+        new = self._get_checked_instance(type(self), _instance)
+        for name, value in self.__dict__.items():
+            if name not in ("_batch_shape",):
+                new.__dict__[name] = value
+        shape = torch.Size(batch_shape)
+        if torch.broadcast_shapes(self.batch_shape, shape) != shape:
+            raise ValueError(f"batch_shape: cannot expand {list(self.batch_shape)} to {list(shape)}")
+        new._batch_shape = shape
+        return new
+
+
+@register_kl(StructuredDistribution, StructuredDistribution)
+def _kl_structures(p: StructuredDistribution, q: StructuredDistribution) -> Tensor:
+    if type(p) is not type(q):
+        raise NotImplementedError(
+            f"no KL divergence between {type(p).__name__} and {type(q).__name__}: different structures"
+        )
+    wide_p, wide_q = p._wide(), q._wide()
+    return (wide_p.cross_entropy(wide_q) - wide_p.entropy()).clamp_min(0).to(p._dtype)
