@@ -131,7 +131,7 @@ class Loop:
             value = self._checked(total, place, task.name)
             self._record(task, losses, value, batch_size(batch))
             if task.weight:
-                (total if task.weight == 1 else task.weight * total).backward()  # type: ignore[no-untyped-call]
+                (total if task.weight == 1 else task.weight * total).backward()
                 whole += task.weight * value
         self._move(optimisers, place)
         return whole
@@ -146,7 +146,7 @@ class Loop:
             if name not in losses:
                 raise ValueError(f"parameter_groups() has {name!r}, but losses() has {sorted(losses)} only")
             total += self._checked(losses[name], f"{place}, loss {name!r}", "")
-            losses[name].backward(inputs=optimisers.parameters)  # type: ignore[no-untyped-call]
+            losses[name].backward(inputs=optimisers.parameters)
             seen[name] = losses[name]
             self._move(optimisers, place)
         self._record(task, seen, total, batch_size(batch))
