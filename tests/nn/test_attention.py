@@ -60,8 +60,9 @@ def test_gradients_of_fused_and_explicit_attention_agree_and_are_finite(case):
     tensors = [t.clone().requires_grad_() for t in case[:3]]
     slopes = []
     for return_weights in (False, True):
-        mixed, _ = attend(*tensors, *case[3:], return_weights=return_weights)
-        slopes.append(torch.autograd.grad(mixed.pow(2).sum(), tensors))
+        with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either, even if it is hidden afterwards
+            mixed, _ = attend(*tensors, *case[3:], return_weights=return_weights)
+            slopes.append(torch.autograd.grad(mixed.pow(2).sum(), tensors))
         assert all(slope.isfinite().all() for slope in slopes[-1])
     torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-8)
 
