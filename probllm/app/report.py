@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import platform
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,11 +124,18 @@ def write_html(outcomes: Sequence[Outcome], path: Path) -> None:
 <h1>probllm: comparisons</h1>
 <p class="soft">{INTRODUCTION}</p>
 {sections}
+<p class="soft">{escape(versions())}</p>
 </main></body>
 </html>
 """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def versions() -> str:
+    """What the numbers were made with."""
+    parts = [f"{name} {version(name)}" for name in ("probllm", "torch", "pyro-ppl", "numba")]
+    return ", ".join([*parts, f"Python {platform.python_version()}", platform.machine()])
 
 
 def to_svg(picture: Picture) -> str:

@@ -44,10 +44,10 @@ EXAMPLES = 3  # sentences that are drawn
 MEASURES = [
     Measure("accuracy", 1, 2, percent=True, meaning="share of tags that are right"),
     Measure(
-        "token NLL", -1, 4, meaning="nats: minus the log of the right tag's posterior probability, mean over tokens"
+        "token NLL", -1, 3, meaning="nats: minus the log of the right tag's posterior probability, mean over tokens"
     ),
     Measure(
-        "sequence NLL", -1, 3, meaning="nats: minus the log probability of the right tag sequence, mean over sentences"
+        "sequence NLL", -1, 2, meaning="nats: minus the log probability of the right tag sequence, mean over sentences"
     ),
     Measure(
         "ECE", -1, 2, percent=True, meaning="expected calibration error: mean gap of confidence and accuracy, 15 bins"
@@ -204,7 +204,7 @@ def train(
             model, learn, stop, folder=checkpoints, resume=True, seed=seed, progress=settings.progress, **options
         )
         model.eval()
-        verdict = judge(model, test, task.gold)
+        verdict = judge(model, test, task.gold, device=next(model.parameters()).device)
         trained.runs.append(record)
         trained.verdicts.append(verdict)
         accuracy = verdict.correct.sum() / verdict.tokens.sum()

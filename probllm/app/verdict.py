@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probllm.data import Dataset
 from probllm.evaluation import correct_tokens, expected_calibration_error, token_nll, unpad
+from probllm.training.tasks import to_device
 
 
 class Tagger(Protocol):
@@ -38,7 +39,13 @@ class Verdict:
     tokens_per_second: float
 
 
-def judge(model: Tagger, data: Dataset, gold: Sequence[npt.NDArray[Any]], batch_size: int = 64) -> Verdict:
+def judge(
+    model: Tagger,
+    data: Dataset,
+    gold: Sequence[npt.NDArray[Any]],
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> Verdict:
     """Tag the data and score the answers.
 
     Args:
@@ -46,22 +53,24 @@ def judge(model: Tagger, data: Dataset, gold: Sequence[npt.NDArray[Any]], batch_
         data: examples with ``inputs`` and ``tags``.
         gold: the tags of each example, ``[T]``.
         batch_size: how many sentences are tagged at a time.
+        device: where the model is.
     """
     # A generative tagger's log_prob is that of tags and words together; all are judged on the tags given the words.
     given_words = getattr(model, "log_posterior", model.log_prob)
     order = np.argsort(data.lengths, kind="stable").tolist()
-    batches = list(data[order].batches(batch_size=batch_size, shuffle=False))
+    where = torch.device(device)
+    batches = [to_device(batch, where) for batch in data[order].batches(batch_size=batch_size, shuffle=False)]
     predicted: list[Any] = []
     marginals: list[Any] = []
     log_probs: list[Any] = []
     with torch.no_grad():
         model.predict(batches[-1])  # compiles what is compiled lazily, so that the clock below shows the work alone
         started = time.perf_counter()
-        tags = [model.predict(batch) for batch in batches]
+        tags = [model.predict(batch).cpu() for batch in batches]
         seconds = time.perf_counter() - started
         for batch, batch_tags in zip(batches, tags, strict=True):
-            mask = np.asarray(batch["mask"])
-            predicted += unpad(batch_tags.cpu(), mask)
+            mask = batch["mask"].cpu()
+            predicted += unpad(batch_tags, mask)
             marginals += unpad(model.marginals(batch).float().cpu(), mask)
             log_probs += given_words(batch).double().cpu().tolist()
     back = np.argsort(order).tolist()
