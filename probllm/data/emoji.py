@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from probllm.data.optional import missing_data_package
@@ -57,7 +58,7 @@ def emoji_names(language: str = "en") -> dict[str, str]:
 def emoji_glyphs(size: int = 32, weight: int = 400) -> Glyphs:
     """A picture of every emoji that is one code point and has a glyph in Noto Emoji, in the order of the code points.
 
-    Each is drawn whole in the middle of its square, all at one scale.
+    Each is drawn whole in the middle of its square, all at the one scale at which the largest just fits.
 
     Args:
         size: pixels a side, at least 8.
@@ -73,31 +74,38 @@ def emoji_glyphs(size: int = 32, weight: int = 400) -> Glyphs:
     for module, name in (("PIL", "pillow"), ("manimgx_fonts", "manimgx-fonts")):
         if find_spec(module) is None:
             raise missing_data_package(name)
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageFont
+
+    def draw(candidates: list[str], points: float) -> list[NDArray[np.uint8]]:
+        font = ImageFont.truetype(str(path), size=points)
+        font.set_variation_by_axes([weight])
+        return [_ink(font, character) for character in candidates]
 
     with resources.as_file(resources.files("manimgx_fonts") / FONT) as path:
-        font = ImageFont.truetype(str(path), size=size)
-        font.set_variation_by_axes([weight])
-        # No glyph is larger than this: the em is scaled so that the widest and tallest just fits.
         candidates = sorted({character.removesuffix(VARIATION_SELECTOR) for character in _package().EMOJI_DATA})
-        absent = _drawn(font, "\U0010ffff")
-        emoji = [c for c in candidates if len(c) == 1 and _drawn(font, c) != absent]
-        boxes = [font.getbbox(character) for character in emoji]
-        extent = max(max(right - left, bottom - top) for left, top, right, bottom in boxes)
-        font = ImageFont.truetype(str(path), size=size * size / extent)
-        font.set_variation_by_axes([weight])
-    pictures = np.zeros((len(emoji), size, size), dtype=np.uint8)
-    for picture, character in zip(pictures, emoji, strict=True):
-        left, top, right, bottom = font.getbbox(character)
-        canvas = Image.new("L", (size, size))
-        corner = ((size - right - left) / 2, (size - bottom - top) / 2)
-        ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)
-        picture[:] = np.asarray(canvas)
-    return Glyphs(torch.from_numpy(pictures).float().unsqueeze(1) / 255, emoji)
+        candidates = [character for character in candidates if len(character) == 1]
+        absent, *drawn = draw(["\U0010ffff", *candidates], size)
+        emoji = [c for c, ink in zip(candidates, drawn, strict=True) if not np.array_equal(ink, absent)]
+        points, drawn = float(size), draw(emoji, size)
+        while (extent := max(max(ink.shape) for ink in drawn)) > size:
+            points = min(points * size / extent, points - size / 64)  # rounding to pixels may ask for one step more
+            drawn = draw(emoji, points)
+    pictures = np.zeros((len(emoji), 1, size, size), dtype=np.uint8)
+    for picture, ink in zip(pictures, drawn, strict=True):
+        height, width = ink.shape
+        top, left = (size - height) // 2, (size - width) // 2
+        picture[0, top : top + height, left : left + width] = ink
+    return Glyphs(torch.from_numpy(pictures).float() / 255, emoji)
 
 
-def _drawn(font: FreeTypeFont, character: str) -> bytes:
-    return bytes(font.getmask(character))
+def _ink(font: FreeTypeFont, character: str) -> NDArray[np.uint8]:
+    """The smallest rectangle of pixels that holds all ink of a character, 0 to 255."""
+    mask = font.getmask(character)
+    pixels = np.frombuffer(bytes(mask), dtype=np.uint8).reshape(mask.size[::-1])
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    if not len(rows):
+        return pixels[:0, :0]
+    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _package() -> Any:

@@ -51,6 +51,12 @@ def test_spans_come_back_from_a_segmentation_that_covers_the_sentence(case):
     assert segmentation.ne(0).sum() == outside + len(spans)
 
 
+def test_words_outside_have_the_label_o_wherever_it_stands():
+    segmentation = segmentation_from_spans([Span(1, 3, "x")], 4, ["x", "y", "O"])
+    assert segmentation.tolist() == [3, 1, 0, 3]
+    assert spans_from_segmentation(segmentation, ["x", "y", "O"]) == [(1, 3, "x")]
+
+
 @pytest.mark.parametrize(("scheme", "marks"), [("bio", "BI"), ("bioes", "BIES")])
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_rules_allow_a_sequence_just_when_it_is_the_tags_of_its_own_spans(scheme, marks, length):

@@ -35,6 +35,11 @@ def test_every_example_is_in_exactly_one_batch_within_the_bounds(lengths, size, 
         assert tokens is None or rows * longest <= tokens
 
 
+def test_the_bound_on_tokens_counts_the_longest_example_wherever_it_stands():
+    data = Dataset([tagging_example(length, i) for i, length in enumerate([10, 1, 1, 1, 1, 10, 1])])
+    assert data.batches(max_tokens=20, shuffle=False).indices == [[0, 1], [2, 3, 4], [5, 6]]
+
+
 @given(lengths_strategy, st.integers(0, 3), st.integers(0, 3))
 def test_order_is_a_function_of_seed_and_epoch_and_a_slice_resumes_it(lengths, seed, epoch):
     data = Dataset([tagging_example(length, i) for i, length in enumerate(lengths)])
@@ -124,6 +129,10 @@ def test_slices_and_lists_of_indices_are_datasets():
         ),
         (lambda: Dataset([tagging_example(9, 0)]).batches(max_tokens=8), "example 0 alone has 9 tokens"),
         (lambda: Dataset([tagging_example(9, 0)]).batches(0), "batch_size must be at least 1, got 0"),
+        (
+            lambda: Dataset.collate([{"inputs": {"words": torch.ones(size)}} for size in ((2,), (2, 2))]),
+            "inputs.words must have the same rank",
+        ),
         (lambda: Dataset.from_tensors({"a": torch.ones(2), "b": torch.ones(3)}), "one leading dimension"),
         (lambda: Dataset.from_tensors({"a": torch.tensor(1.0)}), "one leading dimension"),
     ],

@@ -4,6 +4,7 @@ import hashlib
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,11 @@ def test_a_split_holds_every_item_once_and_depends_on_the_seed_alone(count, seed
     assert len(split.train) == count * 9 // 10
     assert len(split.dev) == count // 20
     assert split == random_split(range(count), seed=seed)
+
+
+def test_a_split_is_in_the_published_order():
+    assert random_split("abcdefghij", (0.5, 0.3, 0.2)) == (list("egchd"), list("fja"), list("ib"))
+    assert random_split("abcdefghij", seed=1) != random_split("abcdefghij")
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5, 0.5), (1.5, -0.25, -0.25)])
@@ -78,6 +84,7 @@ def test_emoji_have_names_in_every_language():
     for language in emoji_languages():
         names = emoji_names(language)
         assert len(names) > 3700
+        assert len({character.replace("\ufe0f", "") for character in names}) == len(names)  # each emoji once
         assert not any(name.startswith(":") or "_" in name or not name.strip() for name in names.values())
     assert emoji_names()["😀"] == "grinning face"
     assert emoji_names("de")["🥇"] == "goldmedaille"
@@ -96,12 +103,16 @@ def test_glyphs_are_whole_centred_and_bolder_with_weight():
     assert (images <= 1).all()
     assert images.flatten(1).sum(1).min() > 1  # each has ink
     assert len({bytes((image * 255).byte().flatten().tolist()) for image in images}) > 0.99 * len(emoji)
+    extents = []
+    for profile in (images.amax(3)[:, 0], images.amax(2)[:, 0]):  # over columns, over rows
+        first = profile.gt(0).int().argmax(1)
+        last = 23 - profile.flip(1).gt(0).int().argmax(1)
+        assert (first - (23 - last)).abs().max() <= 1
+        extents.append(last - first + 1)
+    assert torch.stack(extents).max() == 24  # the largest just fits
+    border = torch.cat([images[:, 0, 0], images[:, 0, -1], images[:, 0, :, 0], images[:, 0, :, -1]]).sum(1)
+    assert border.gt(2).float().mean() < 0.01  # nothing is cut off, which would leave thick ink at the border
     face = images[emoji.index("😀"), 0]
-    assert (face - face.flip(1)).abs().mean() < 0.15  # a face is symmetric, so it stands in the middle
-    rows, columns = face.sum(1), face.sum(0)
-    for profile in (rows, columns):
-        inked = profile.gt(0.05).nonzero()
-        assert abs(int(inked[0]) - (23 - int(inked[-1]))) <= 1
     bold, _ = emoji_glyphs(24, 700)
     assert bold[emoji.index("😀")].sum() > 1.2 * face.sum()
     assert emoji_glyphs(8)[0].shape[-1] == 8

@@ -53,6 +53,12 @@ def test_unknown_words_take_the_longest_known_suffix_in_their_shape(train, other
         assert len(alike) >= shared
 
 
+def test_frequent_words_lend_no_suffix():
+    classes = WordClasses.build(["rare"] * 2 + ["often"] * 3, rare=2, min_class_count=1)
+    assert {suffix for _, suffix in classes.classes} == {"e", "re", "are", "rare"}
+    assert WordClasses.build(["rare", "bare"]).classes == [("x", "are"), ("x", "e"), ("x", "re")]
+
+
 @given(words_strategy)
 def test_parents_lead_to_the_root_by_shortening_the_suffix(train):
     classes = WordClasses.build(train)
