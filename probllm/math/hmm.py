@@ -8,13 +8,18 @@ Source: Baum et al. (1970); Rabiner (1989), equations 40a to 40c.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from probllm.math.chain import as_chain, chain_log_partition
 from probllm.math.chain_passes import forward_backward
+from probllm.math.kernels import categorical_hmm, chain_scaled
+from probllm.math.kernels.threads import run_shares
+from probllm.math.kernels.vectors import padded
 
 
 class Counts(NamedTuple):
@@ -56,20 +61,84 @@ def expected_counts(
             raise ValueError(
                 f"symbols: expected values from 0 to {size - 1}, got values from {int(low)} to {int(high)}"
             )
-    with torch.no_grad():
-        table = emission_logits.detach().t().contiguous()
-        emissions = table.index_select(0, real.reshape(-1)).view(*real.shape, k)
-        if allowed is not None:
-            emissions = emissions.masked_fill(~allowed, -torch.inf)
-    chain = as_chain(emissions, transition_logits.detach(), initial_logits.detach(), None, lengths)
+    scores = [x.detach() for x in (initial_logits, transition_logits, emission_logits)]
+    if allowed is not None or symbols.device.type != "cpu" or not symbols.numel():
+        return _counts_of_chain(real, scores, lengths, allowed)
+    n = torch.full((symbols.shape[0],), symbols.shape[1]) if lengths is None else lengths.long()
+    found, hard = _counts_of_table(real.long(), scores, n)
+    if hard is None:
+        return found
+    if not hard.numel():
+        return _counts_of_chain(real, scores, lengths, None)
+    rest = _counts_of_chain(real[hard], scores, n[hard], None)
+    found.log_likelihood[hard] = rest.log_likelihood
+    return Counts(found.log_likelihood, *(a + b for a, b in zip(found[1:], rest[1:], strict=True)))
+
+
+def _counts_of_table(symbols: Tensor, scores: list[Tensor], lengths: Tensor) -> tuple[Counts, Tensor | None]:
+    """The counts by the fused kernel, and the rows that it could not certify: None, some (not counted), or empty for all."""
+    initial, transition, emission = scores
+    k, size = emission.shape
+    forbids = any(bool((x == -torch.inf).any()) for x in scores)
+    dtype = torch.float64 if forbids or emission.dtype == torch.float64 else torch.float32
+    first_table, first_offset, first_span = _probabilities(initial.unsqueeze(0), dtype)
+    forth, offsets, spread = _probabilities(transition.reshape(1, k * k), dtype)
+    table, symbol_offsets, spans = _probabilities(emission.t(), dtype)
+    span = float(spans.max() + first_span.max() + 2 * spread.max()) + math.log(k)
+    if not span <= (chain_scaled.SPAN64 if forbids or dtype == torch.float64 else chain_scaled.SPAN32):
+        return Counts(*(initial.new_empty(0),) * 4), torch.empty(0, dtype=torch.long)
+    forth = forth.view(k, k)
+    width = padded(k)
+
+    def wide(x: Tensor) -> np.ndarray:
+        return torch.nn.functional.pad(x, (0, width - k)).contiguous().numpy()
+
+    rows, steps = symbols.shape
+    log_z, flags = np.empty(rows), np.empty(rows, np.int64)
+    shares = torch.get_num_threads()
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    sums = [np.zeros((shares, *shape), kind) for shape in ((width,), (k, width), (size, width))]
+    arguments = (
+        symbols.contiguous().numpy(), lengths.contiguous().numpy(), torch.argsort(lengths, descending=True).numpy(),
+        wide(first_table)[0], wide(forth), wide(forth.t()), wide(table), float(offsets[0]), symbol_offsets.numpy(),
+        dtype == torch.float64, log_z, flags, *sums,
+    )  # fmt: skip
+    run_shares(categorical_hmm.count, arguments, (rows + 3) // 4, 3.0 * rows * steps * k * (k + 32.0))
+    bad = torch.from_numpy(np.flatnonzero(flags))
+    if (flags == categorical_hmm.SPOILED).any():
+        bad = bad[:0]
+    totals = [torch.from_numpy(x).double().sum(0)[..., :k].to(emission.dtype) for x in sums]
+    log_likelihood = (torch.from_numpy(log_z) + float(first_offset[0])).to(emission.dtype)
+    counts = Counts(log_likelihood, totals[0], totals[1] * forth.to(emission.dtype), totals[2].t())
+    return counts, bad if flags.any() else None
+
+
+def _probabilities(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """exp of each row around its maximum, the maxima, and the range in nats of what is allowed."""
+    logits = logits.double()
+    high = logits.amax(-1, keepdim=True)
+    high = torch.where(high == -torch.inf, torch.zeros_like(high), high)
+    low = torch.where(logits == -torch.inf, high, logits).amin(-1)
+    return (logits - high).exp().to(dtype), high.squeeze(-1), high.squeeze(-1) - low
+
+
+def _counts_of_chain(symbols: Tensor, scores: list[Tensor], lengths: Tensor | None, allowed: Tensor | None) -> Counts:
+    """The counts by way of a chain with its emissions written out."""
+    initial, transition, emission = scores
+    k, size = emission.shape
+    emissions = emission.t().contiguous().index_select(0, symbols.reshape(-1)).view(*symbols.shape, k)
+    if allowed is not None:
+        emissions = emissions.masked_fill(~allowed, -torch.inf)
+    chain = as_chain(emissions, transition, initial, None, lengths)
     if emissions.device.type == "cpu":
         done = forward_backward(*chain[:5], backward=2)
         log_z, gamma = done.log_z, done.marginals
         pairs = done.pairs(torch.ones((), dtype=gamma.dtype).expand(gamma.shape[0]))
     else:
-        scores = [x.detach().requires_grad_() for x in chain[:2]]
-        log_z = chain_log_partition(chain._replace(emissions=scores[0], transitions=scores[1]))
-        gamma, pairs = torch.autograd.grad(log_z.clamp_min(torch.finfo(log_z.dtype).min).sum(), scores)
-    emission = torch.zeros(size, k, dtype=gamma.dtype, device=gamma.device)
-    emission.index_add_(0, real.reshape(-1), gamma.reshape(-1, k))
-    return Counts(log_z.to(emissions.dtype), gamma[:, 0].sum(0), pairs[0, 0], emission.t())
+        parts = [x.detach().requires_grad_() for x in chain[:2]]
+        log_z = chain_log_partition(chain._replace(emissions=parts[0], transitions=parts[1]))
+        gamma, pairs = torch.autograd.grad(torch.where(torch.isfinite(log_z), log_z, 0.0).sum(), parts)
+    counted = torch.zeros(size, k, dtype=gamma.dtype, device=gamma.device)
+    counted.index_add_(0, symbols.reshape(-1), gamma.reshape(-1, k))
+    moves = pairs[0, 0] if symbols.shape[1] > 1 else torch.zeros_like(transition)
+    return Counts(log_z.detach().to(emissions.dtype), gamma[:, 0].sum(0), moves, counted.t())

@@ -181,7 +181,8 @@ def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, 
 
 
 @njit(cache=True, nogil=True)
-def _some_tiny(x, k):  # type: ignore[no-untyped-def]
+def some_tiny(x, k):  # type: ignore[no-untyped-def]
+    """Whether a positive entry is close to underflow."""
     seen = 0
     for j in range(k):
         seen |= (x[j] > 0) & (x[j] < TINIEST)
@@ -243,7 +244,7 @@ def forward_backward(  # type: ignore[no-untyped-def]
                     continue
                 b = which[r]
                 c = ahead(y[r], inverse[r], q[r], t * width, x[r], width)
-                if zeros and (c < LEAST_SUM or _some_tiny(x[r], k)):
+                if zeros and (c < LEAST_SUM or some_tiny(x[r], k)):
                     flags[b], until[r] = TINY, 0
                     continue
                 if t:
@@ -272,7 +273,7 @@ def forward_backward(  # type: ignore[no-untyped-def]
                     by = inverse[r]
                     behind(y[r], by, q[r], t * width, x[r], alpha[b, t], totals, width)
                     d, z = totals[0], totals[1]
-                    if zeros and (z < LEAST_SUM or d < LEAST_SUM or _some_tiny(x[r], k)):
+                    if zeros and (z < LEAST_SUM or d < LEAST_SUM or some_tiny(x[r], k)):
                         flags[b], until[r] = TINY, 0
                         continue
                     multiply(alpha[b, t], y[r], one / z * by, marginals[b, t], width)

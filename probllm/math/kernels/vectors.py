@@ -205,6 +205,24 @@ def _scaled(lanes: int) -> Any:
     return scaled
 
 
+def _added(lanes: int) -> Any:
+    """(x, by, out, width): out += x * by."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def added(typingctx: Any, x: Any, by: Any, out: Any, width: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            x_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2))
+            factor = emit.spread(arguments[1])
+            with emit.vectors(arguments[3]) as (v, _):
+                emit.store(emit.plus(emit.load(o_data, v), emit.times(emit.load(x_data, v), factor)), o_data, v)
+            return context.get_dummy_value()
+
+        return types.void(x, by, out, width), generate
+
+    return added
+
+
 def _shift(lanes: int) -> Any:
     """(x, by, at, width): x[at:at + width] -= by."""
 
@@ -232,6 +250,7 @@ _ahead4, _ahead8, _ahead16 = _ahead(4), _ahead(8), _ahead(16)
 _behind4, _behind8, _behind16 = _behind(4), _behind(8), _behind(16)
 _product4, _product8, _product16 = _product(4), _product(8), _product(16)
 _scaled4, _scaled8, _scaled16 = _scaled(4), _scaled(8), _scaled(16)
+_added4, _added8, _added16 = _added(4), _added(8), _added(16)
 _shift4, _shift8, _shift16 = _shift(4), _shift(8), _shift(16)
 
 
@@ -328,6 +347,17 @@ def scale(x, by, out, width):  # type: ignore[no-untyped-def]
         _scaled8(x, by, out, width)
     else:
         _scaled4(x, by, out, width)
+
+
+@njit(cache=True, nogil=True)
+def add_scaled(x, by, out, width):  # type: ignore[no-untyped-def]
+    """out += x * by."""
+    if width % 16 == 0:
+        _added16(x, by, out, width)
+    elif width == 8:
+        _added8(x, by, out, width)
+    else:
+        _added4(x, by, out, width)
 
 
 @njit(cache=True, nogil=True)
