@@ -8,33 +8,32 @@ emission scores, the posterior of its states, and Z the probability of what was 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+import math
+from typing import Self
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
+from probllm.distributions.structure import StructuredDistribution
 from probllm.math import second_order
+from probllm.math.chain_paths import top_k
 from probllm.math.masks import mask_from_lengths
 
+_ORDERS = {"emissions": 2, "transitions": 3, "second": 2, "start": 1}  # dimensions beside the batch's
 
-class SecondOrderCRF(TorchDistribution):  # type: ignore[misc]
+
+class SecondOrderCRF(StructuredDistribution):
     """A law over tag sequences ``[T]`` with scores of three tags in a row.
 
     Args:
         emissions: ``[*batch, T, K]`` scores of each tag at each position; ``-inf`` forbids, here and below.
         transitions: ``[..., K, K, K]`` scores of a tag after the two before it, ``[two back, one back, tag]``.
         second: ``[..., K, K]`` scores of the second tag after the first.
-        start: ``[..., K]`` scores of the first tag. Leading dimensions broadcast to the batch.
-        lengths: ``[*batch]`` long, each from 1 to T; all T if None.
+        start: ``[..., K]`` scores of the first tag.
+        lengths: ``[...]`` long, each from 1 to T; all T if None. Leading dimensions broadcast to the batch.
     Raises:
         ValueError: for shapes that do not fit together, or lengths out of range.
     """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.independent(constraints.nonnegative_integer, 1)  # type: ignore[no-untyped-call]
-    has_enumerate_support = False
 
     def __init__(
         self,
@@ -48,94 +47,128 @@ class SecondOrderCRF(TorchDistribution):  # type: ignore[misc]
         if emissions.ndim < 2:
             raise ValueError(f"emissions must be [*batch, length, tags], got shape {list(emissions.shape)}")
         length, tags = emissions.shape[-2:]
-        for name, scores, order in (("transitions", transitions, 3), ("second", second, 2), ("start", start, 1)):
-            if scores.shape[-order:] != (tags,) * order:
-                raise ValueError(f"{name} must end in {[tags] * order} for {tags} tags, got {list(scores.shape)}")
-        batch = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
-            emissions.shape[:-2], transitions.shape[:-3], second.shape[:-2], start.shape[:-1],
-            () if lengths is None else lengths.shape,
-        )  # fmt: skip
+        self.emissions, self.transitions, self.second, self.start = emissions, transitions, second, start
+        for name, order in list(_ORDERS.items())[1:]:
+            shape = getattr(self, name).shape
+            if shape[-order:] != (tags,) * order:
+                raise ValueError(f"{name} must end in {[tags] * order} for {tags} tags, got {list(shape)}")
         if lengths is None:
-            lengths = torch.full(batch, length, device=emissions.device)
+            lengths = torch.tensor(length, device=emissions.device)
         elif lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= length:
             raise ValueError(f"lengths must lie from 1 to {length}, got {int(lengths.min())} to {int(lengths.max())}")
-        self.emissions = emissions.expand(*batch, length, tags)
-        self.transitions, self.second, self.start = transitions, second, start
-        self.lengths = lengths.expand(batch)
-        super().__init__(batch, torch.Size([length]), validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        batch_shape = torch.Size(batch_shape)
-        return type(self)(
-            self.emissions.expand(*batch_shape, *self.emissions.shape[-2:]),
-            self.transitions, self.second, self.start, self.lengths.expand(batch_shape),
-        )  # fmt: skip
+        leading = [getattr(self, name).shape[:-order] for name, order in _ORDERS.items()]
+        self._own_shape = torch.broadcast_shapes(*leading, lengths.shape)
+        self.lengths = lengths.expand(self._own_shape)
+        self._kept: dict[str, Tensor] = {}
+        super().__init__(self._own_shape, torch.Size([length]), validate_args=False)
+        self._validate_args = validate_args is not False
 
     @property
-    def log_partition(self) -> Tensor:
-        """Log Z, ``[*batch]``, in nats; ``-inf`` where every sequence is forbidden."""
-        if "_log_partition" not in self.__dict__:
-            self._log_partition = second_order.log_partition(*self._scores(self.emissions))
-        return self._log_partition
+    def parts(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _ORDERS}
 
     @property
     def marginals(self) -> Tensor:
-        """Probability of each tag at each position, ``[*batch, T, K]``: the gradient of log Z in the emissions."""
-        create_graph = torch.is_grad_enabled() and self.log_partition.requires_grad
-        emissions = self.emissions if self.emissions.requires_grad else self.emissions.detach().requires_grad_()
-        with torch.enable_grad():
-            total = second_order.log_partition(*self._scores(emissions)).sum()
-        return torch.autograd.grad(total, emissions, create_graph=create_graph)[0]
-
-    @property
-    def mode(self) -> Tensor:
-        """A most probable sequence, ``[*batch, T]``: 0 at padding, -1 where every sequence is forbidden."""
-        return second_order.viterbi(*self._scores(self.emissions))[1]
-
-    def score(self, value: Tensor) -> Tensor:
-        """Unnormalised log probability of tag sequences ``[..., *batch, T]``; padding does not count."""
-        real = mask_from_lengths(self.lengths, value.shape[-1])
-        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
-        value = torch.where(real, value, 0).expand(*batch, -1)
-        before, two_back = value[..., 1:-1], value[..., :-2]
-        tags = self.emissions.shape[-1]
-        parts = self.emissions.expand(*batch, -1, -1).gather(-1, value.unsqueeze(-1)).squeeze(-1)
-        steps = _look_up(self.start, value[..., :1])
-        if value.shape[-1] > 1:
-            steps = torch.cat([steps, _look_up(self.second.flatten(-2), value[..., :1] * tags + value[..., 1:2])], -1)
-        if value.shape[-1] > 2:
-            triples = (two_back * tags + before) * tags + value[..., 2:]
-            steps = torch.cat([steps, _look_up(self.transitions.flatten(-3), triples)], -1)
-        return torch.where(real, parts + steps, 0.0).sum(-1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        score = self.score(value)
-        possible = self.log_partition > -torch.inf
-        return torch.where(possible, score - torch.where(possible, self.log_partition, 0.0), -torch.inf)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        drawn = second_order.sample(*self._scores(self.emissions), count=shape.numel())
-        return drawn.reshape(*shape, *self.batch_shape, *self.event_shape)
+        """Probability of each tag at each position, ``[*batch, T, K]``; 0 at padding."""
+        return self._grow(self._keep("marginals", lambda: self._gradient(self._rows("emissions"))[0]))
 
     def condition(self, allowed: Tensor) -> Self:
-        """The scores with the tags forbidden where ``allowed`` (bool ``[*batch, T, K]``) is False, not renormalised.
-
-        ``condition(allowed).log_partition - log_partition`` is the log probability of ``allowed``.
-        """
-        emissions = self.emissions.masked_fill(~allowed, -torch.inf)
-        return type(self)(emissions, self.transitions, self.second, self.start, self.lengths)
+        """The law given that the tags are among the allowed ones (bool ``[..., T, K]``), its mass kept."""
+        return self._with(emissions=torch.where(allowed, self.emissions, -math.inf))
 
     def log_prob_partial(self, allowed: Tensor) -> Tensor:
-        """Log probability that every tag is an allowed one, ``[*batch]``."""
-        return self.condition(allowed).log_partition - self.log_partition
+        """Log probability that every tag is an allowed one, ``[*batch]``: the likelihood of a partial label."""
+        possible = self.log_partition > -math.inf
+        log_prob = self.condition(allowed).log_partition - torch.where(possible, self.log_partition, 0.0)
+        return torch.where(possible, log_prob.clamp_max(0), -math.inf)
 
-    def _scores(self, emissions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return emissions, self.start, self.second, self.transitions, self.lengths
+    # What the base derives the rest from.
+
+    def _with(self, **parts: Tensor) -> Self:
+        given = {**self.parts, **parts}
+        return type(self)(given["emissions"], given["transitions"], given["second"], given["start"], self.lengths)
+
+    def _greatest(self) -> int:
+        return self.emissions.shape[-1] - 1
+
+    def _rows(self, name: str) -> Tensor:
+        """A part of its own for each row."""
+        return self._expand_to(self._own_shape, name, self.parts[name])
+
+    def _expand_part(self, name: str, x: Tensor) -> Tensor:
+        return self._expand_to(self.batch_shape, name, x)
+
+    @staticmethod
+    def _expand_to(batch: torch.Size, name: str, x: Tensor) -> Tensor:
+        return x.expand(*batch, *x.shape[x.ndim - _ORDERS[name] :])
+
+    def _scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._rows("emissions"), self.start, self.second, self.transitions
+
+    def _log_z(self) -> Tensor:
+        return second_order.log_partition(*self._scores(), self.lengths)
+
+    def _gradient(self, emissions: Tensor, *steps: Tensor) -> list[Tensor]:
+        """The gradient of log Z in the emissions and, where given, in a start, second and transitions for each row."""
+        graph = torch.is_grad_enabled() and any(x.requires_grad for x in (emissions, *self._scores()[1:]))
+        scores = [x if graph and x.requires_grad else x.detach().requires_grad_() for x in (emissions, *steps)]
+        start, second, transitions = scores[1:] or self._scores()[1:]
+        with torch.enable_grad():
+            total = second_order.log_partition(scores[0], start, second, transitions, self.lengths).sum()
+        found = torch.autograd.grad(total, scores, create_graph=graph, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, scores, strict=True)]
+
+    def _expected(self) -> dict[str, Tensor]:
+        names = ("emissions", "start", "second", "transitions")
+        return dict(zip(names, self._gradient(*(self._rows(name) for name in names)), strict=True))
+
+    def _best(self) -> Tensor:
+        return second_order.viterbi(*self._scores(), self.lengths)[1]
+
+    def _draw(self, n: int) -> Tensor:
+        return second_order.sample(*self._scores(), self.lengths, count=n)
+
+    def _k_best(self, k: int) -> Tensor:
+        """By the first-order chain of pairs (tag before, tag), the first pair's tag before being 0."""
+        emissions, start, second, transitions = (self._rows(n) for n in ("emissions", "start", "second", "transitions"))
+        length, tags = emissions.shape[-2:]
+        first = torch.full_like(second, -math.inf)
+        first[..., 0, :] = start
+        pairs = emissions.unsqueeze(-2).expand(*emissions.shape[:-1], tags, tags).flatten(-2)
+        agree = torch.eye(tags, dtype=torch.bool, device=emissions.device)[:, :, None]  # [j, j', k]
+        steps = []
+        for scores in (second.unsqueeze(-3).expand_as(transitions), transitions):  # [i, j, k]: from (i, j) to (j, k)
+            table = torch.where(agree, scores.unsqueeze(-2), -math.inf)  # [i, j, j', k]
+            steps.append(table.flatten(-4, -3).flatten(-2))
+        table = (
+            torch.stack([steps[0], *[steps[1]] * (length - 2)][: length - 1], -3)
+            if length > 1
+            else steps[1][..., None, :, :]
+        )
+        found = top_k(pairs, table, first.flatten(-2), None, self.lengths, k=k)[1]
+        return torch.where(found >= 0, found % tags, -1)
+
+    def _real(self, value: Tensor) -> Tensor:
+        return torch.where(mask_from_lengths(self.lengths, value.shape[-1]), value, 0)
+
+    def _score(self, value: Tensor) -> Tensor:
+        real = mask_from_lengths(self.lengths, value.shape[-1])
+        shape = torch.broadcast_shapes(value.shape, real.shape)
+        z, tags = torch.where(real, value, 0).expand(shape), self.emissions.shape[-1]
+        score = self.emissions.double().expand(*shape, tags).gather(-1, z.unsqueeze(-1)).squeeze(-1)
+        steps = [
+            _look_up(self.start, z[..., :1]),
+            _look_up(self.second.flatten(-2), z[..., :1] * tags + z[..., 1:2]) if shape[-1] > 1 else score[..., :0],
+            _look_up(self.transitions.flatten(-3), (z[..., :-2] * tags + z[..., 1:-1]) * tags + z[..., 2:]),
+        ]
+        return torch.where(real, score + torch.cat(steps, -1), 0.0).sum(-1)
+
+    def _sum_parts(self, name: str, terms: Tensor) -> Tensor:
+        return terms.flatten(-_ORDERS[name]).sum(-1)
 
 
 def _look_up(scores: Tensor, index: Tensor) -> Tensor:
-    """``scores[..., index]`` for scores ``[..., N]`` of fewer leading dimensions, or sizes 1, than the index has."""
+    """``scores[..., index]``, float64; leading dimensions of scores ``[..., N]`` broadcast to those of the index."""
     if scores.ndim == 1:
-        return scores[index]
-    return scores.expand(*index.shape[:-1], scores.shape[-1]).gather(-1, index)
+        return scores.double()[index]
+    return scores.double().expand(*index.shape[:-1], scores.shape[-1]).gather(-1, index)

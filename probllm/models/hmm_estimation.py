@@ -10,7 +10,7 @@ No iteration lowers log likelihood + sum of c log theta.
 
 **Bayesian.** Variational Bayes (Beal 2003, "Variational algorithms for approximate Bayesian inference", chapter 3): a
 row's posterior is Dirichlet(counts + c), and the E step takes exp E[log theta] for the probabilities. No iteration
-lowers the bound sum log Z - KL(posterior, prior); with all tags known one gives the exact posterior.
+lowers the bound sum log Z - KL(posterior, prior). With all tags known the posterior is exact.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def expected_counts(rows: Rows, batches: Iterable[PartlyTagged]) -> tuple[Rows, 
         scores = rows.emission.detach().T[symbols].requires_grad_()
         with torch.enable_grad():
             log_prob = chain(steps, scores + allowed_scores(tags, scores.shape[-1]), lengths).log_partition
-            log_prob.sum().backward()  # type: ignore[no-untyped-call]
+            log_prob.sum().backward()
         if bool((log_prob == -torch.inf).any()):
             raise ValueError("data holds a sequence that the model gives probability 0")
         real = mask_from_lengths(lengths, symbols.shape[-1])
@@ -147,6 +147,17 @@ def variational_bayes(
 def divergence(posterior: Rows, prior: Rows) -> Tensor:
     """KL divergence of the Dirichlets of one set of concentrations from those of another, summed over rows."""
     return total(map_rows(lambda p, q: kl_divergence(Dirichlet(p), Dirichlet(q)), posterior, prior))
+
+
+def log_evidence(counts: Rows, prior: Rows) -> Tensor:
+    """Log probability of a text in which all tags are known, the probabilities integrated out: Dirichlet integrals."""
+
+    def row(counts: Tensor, prior: Tensor) -> Tensor:
+        both = counts + prior
+        single = torch.lgamma(both) - torch.lgamma(prior)
+        return single.sum(-1) + torch.lgamma(prior.sum(-1)) - torch.lgamma(both.sum(-1))
+
+    return total(map_rows(row, counts, prior))
 
 
 def _has_converged(history: list[tuple[float, float]], tolerance: float) -> bool:

@@ -15,6 +15,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Categorical, constraints
 
+from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.math.masks import mask_from_lengths
 
@@ -32,13 +33,12 @@ class Rows(NamedTuple):
     """``[..., K, S]``: the symbol of each tag."""
 
 
-def chain(rows: Rows, emissions: Tensor, lengths: Tensor) -> SecondOrderCRF:
+def chain(rows: Rows, emissions: Tensor, lengths: Tensor) -> LinearChainCRF | SecondOrderCRF:
     """The law of the tags ``[*batch, T]`` under log probabilities ``rows`` and emission scores ``[*batch, T, K]``."""
-    if rows.second is None:
-        K = emissions.shape[-1]
-        transition = rows.transition.unsqueeze(-3).expand(*rows.transition.shape[:-2], K, K, K)
-        return SecondOrderCRF(emissions, transition, rows.transition, rows.initial, lengths)
-    return SecondOrderCRF(emissions, rows.transition, rows.second, rows.initial, lengths)
+    if rows.second is not None:
+        return SecondOrderCRF(emissions, rows.transition, rows.second, rows.initial, lengths)
+    transition = rows.transition.unsqueeze(-3) if rows.transition.ndim > 2 else rows.transition
+    return LinearChainCRF(emissions, transition, rows.initial, lengths=lengths)
 
 
 def emission_scores(emission: Tensor, symbols: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ def emission_scores(emission: Tensor, symbols: Tensor) -> Tensor:
     columns = emission.transpose(-1, -2)
     if columns.ndim == 2:
         return columns[symbols]
-    batch = torch.broadcast_shapes(columns.shape[:-2], symbols.shape[:-1])  # type: ignore[no-untyped-call]
+    batch = torch.broadcast_shapes(columns.shape[:-2], symbols.shape[:-1])
     index = symbols.expand(*batch, symbols.shape[-1]).unsqueeze(-1).expand(*batch, symbols.shape[-1], columns.shape[-1])
     return columns.expand(*batch, *columns.shape[-2:]).gather(-2, index)
 
 
 class _Symbols(TorchDistribution):  # type: ignore[misc]
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.independent(constraints.nonnegative_integer, 1)  # type: ignore[no-untyped-call]
+    support = constraints.independent(constraints.nonnegative_integer, 1)
     has_enumerate_support = False
 
 
@@ -77,14 +77,14 @@ class SymbolsOfTags(_Symbols):
 
     def log_prob(self, value: Tensor) -> Tensor:
         scores = emission_scores(self.emission, torch.where(self.real, value, 0))
-        scores = scores.expand(*torch.broadcast_shapes(scores.shape[:-1], self.tags.shape), -1)  # type: ignore[no-untyped-call]
+        scores = scores.expand(*torch.broadcast_shapes(scores.shape[:-1], self.tags.shape), -1)
         own = scores.gather(-1, self.tags.expand(scores.shape[:-1]).unsqueeze(-1)).squeeze(-1)
         return torch.where(self.real, own, 0.0).sum(-1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         emission = self.emission.expand(*self.tags.shape[:-1], *self.emission.shape[-2:])
         rows = emission.gather(-2, self.tags.unsqueeze(-1).expand(*self.tags.shape, emission.shape[-1]))
-        drawn = Categorical(logits=rows, validate_args=False).sample(sample_shape)  # type: ignore[no-untyped-call]
+        drawn = Categorical(logits=rows, validate_args=False).sample(sample_shape)
         return torch.where(self.real, drawn, 0)
 
 
@@ -106,7 +106,7 @@ class SymbolsOfChain(_Symbols):
         allowed = self.allowed.expand(*batch_shape, *self.allowed.shape[-2:])
         return type(self)(self.rows, allowed, self.lengths.expand(batch_shape))
 
-    def posterior(self, value: Tensor) -> SecondOrderCRF:
+    def posterior(self, value: Tensor) -> LinearChainCRF | SecondOrderCRF:
         """The law of the tags given the symbols."""
         real = mask_from_lengths(self.lengths, value.shape[-1])
         scores = emission_scores(self.rows.emission, torch.where(real, value, 0))

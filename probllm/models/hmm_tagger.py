@@ -19,12 +19,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.math.masks import lengths_from_mask, mask_from_lengths
 from probllm.models.hmm_estimation import (
     allowed_scores,
     divergence,
     in_batches,
+    log_evidence,
     map_rows,
     maximise_expectation,
     total,
@@ -163,7 +165,7 @@ class HMMTagger(Model):
         log_prob = self._log_prob(rows, batch)
         return divergence(posterior, self._prior()) / (self.data_size or len(log_prob)) - log_prob.mean()
 
-    def posterior(self, batch: Batch) -> SecondOrderCRF:
+    def posterior(self, batch: Batch) -> LinearChainCRF | SecondOrderCRF:
         """The exact law of the tags given the symbols and the known tags."""
         symbols, tags, lengths = self._read(batch)
         if symbols is None:
@@ -196,8 +198,8 @@ class HMMTagger(Model):
         """Estimate the probabilities from data in which all, some or no tags are known (-1, or no ``tags``).
 
         All known: smoothed counts. Some: EM from the smoothed counts of what is known, which weigh in the prior too.
-        None: EM from the present weights, random at first. If Bayesian, in all cases variational Bayes, which gives
-        the exact posterior where all are known.
+        None: EM from the present weights, random at first. If Bayesian: the exact posterior where all are known, else
+        variational Bayes.
 
         Args:
             data: a Dataset of examples ``{"inputs": ..., "tags": ...}``.
@@ -217,6 +219,10 @@ class HMMTagger(Model):
         some, every = bool(known.any()), bool(known.all())
         batches = in_batches(sequences, STEP_TOKENS)
         prior = self._prior(torch.float64)
+        if every and self.bayesian:
+            self._set(map_rows(lambda n, c: (n + c).log(), counts, prior))
+            loss = -float(log_evidence(counts, prior)) / len(data)
+            return [{"loss": loss, "penalised_loss": loss}]
         smoothed = smooth(counts, self.parents)
         if self.bayesian:
             random = map_rows(lambda table: table.double().exp(), self._tables())

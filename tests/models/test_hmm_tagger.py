@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +18,7 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_E
 from torch import Tensor
 
 from probllm.data.dataset import Dataset
+from probllm.distributions import HiddenMarkovModel
 from probllm.models import hmm_estimation
 from probllm.models.hmm_laws import Rows
 from probllm.models.hmm_smoothing import count, smooth, smooth_emissions, witten_bell
@@ -107,6 +110,17 @@ def test_log_prob_sums_the_joint_over_the_unknown_tags(case: tuple[HMMTagger, di
         torch.testing.assert_close(value[row], expected)
         evidence = torch.stack([p for _, p in joint]).logsumexp(0)
         torch.testing.assert_close(given_symbols[row], expected - evidence)
+
+
+@given(cases())
+def test_first_order_is_the_hidden_markov_model(case: tuple[HMMTagger, dict[str, Any]]) -> None:
+    model, batch = case
+    if model.order == 2:
+        return
+    rows, lengths = model.rows(), batch["mask"].sum(-1)
+    law = HiddenMarkovModel(rows.initial, rows.transition, dist.Categorical(logits=rows.emission), lengths=lengths)
+    del batch["tags"]
+    torch.testing.assert_close(model.log_prob(batch), law.log_prob(batch["inputs"]["symbols"]))
 
 
 @given(cases())
@@ -225,13 +239,13 @@ def tagged_counts(model: HMMTagger, batch: dict[str, Any]) -> Iterator[Rows]:
 
 
 def log_evidence_of_tagged(counts: Rows, transition: float, emission: float) -> Tensor:
-    """log p(symbols, tags) with the probabilities integrated out: Dirichlet integrals."""
+    """log p(symbols, tags) with the probabilities integrated out: each row is a Polya urn, drawn from step by step."""
     total = torch.zeros((), dtype=torch.float64)
     for name, table in zip(Rows._fields, counts, strict=True):
-        if table is not None:
-            c = torch.full_like(table, emission if name == "emission" else transition)
-            beta = torch.lgamma(table + c).sum(-1) - torch.lgamma((table + c).sum(-1))
-            total += (beta - torch.lgamma(c).sum(-1) + torch.lgamma(c.sum(-1))).sum()
+        c = emission if name == "emission" else transition
+        for row in [] if table is None else table.reshape(-1, table.shape[-1]).int().tolist():
+            total += sum(math.log(c + already) for n in row for already in range(n))
+            total -= sum(math.log(c * len(row) + already) for already in range(sum(row)))
     return total
 
 
