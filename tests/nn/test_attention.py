@@ -124,13 +124,25 @@ def test_cross_attention_ignores_masked_memory_and_gives_zero_without_any(data):
     torch.testing.assert_close(masked[:, 0], result[:, 0])
 
 
-def test_dropout_of_weights_keeps_their_mean():
-    attention = SelfAttention(8, 2, dropout=0.25).double()
+@pytest.mark.parametrize("attention", [SelfAttention(8, 2, dropout=0.25), CrossAttention(8, heads=2, dropout=0.25)])
+def test_dropout_of_weights_keeps_their_mean(attention):
+    attention = attention.double().train()
     states = torch.randn(1, 5, 8, dtype=torch.float64).expand(4000, -1, -1)
-    mean = attention(states).mean(0)
-    expected = attention.eval()(states[:1])[0]
-    assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
-    assert torch.equal(attention(states[:1]), attention(states[:1]))
+    inputs = (states,) if isinstance(attention, SelfAttention) else (states, states)
+    results = attention(*inputs)
+    expected = attention.eval()(*inputs)
+    assert not torch.equal(results[0], results[1])
+    assert (results.mean(0) - expected[0]).abs().max() < 0.1 * expected.abs().max()
+    torch.testing.assert_close(expected[0], expected[1])
+
+
+@given(past=st.integers(1, 4), length=st.integers(1, 3))
+def test_self_attention_alone_numbers_positions_on_from_its_cache(past, length):
+    attention = SelfAttention(8, 2, causal=True, rotary=True).double()
+    states = torch.randn(2, past + length, 8, dtype=torch.float64)
+    cache = KeyValueCache()
+    pieces = [attention(piece, cache=cache) for piece in states.split([past, length], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), attention(states))
 
 
 @pytest.mark.parametrize("attention", [SelfAttention(8, 2, rotary=True), CrossAttention(8, 4, 2, 1)])
