@@ -18,6 +18,7 @@ from torch import Tensor
 Example: TypeAlias = Mapping[str, Tensor | Mapping[str, Tensor]]
 Batch: TypeAlias = dict[str, Tensor | dict[str, Tensor]]
 
+PADDING = {"word_index": -1}  # the word of a subword, counted from 0: none; every other field is padded with 0
 POOL = 64  # batches sorted by length together: enough for tight padding, few enough to keep the order random
 
 
@@ -81,7 +82,7 @@ class Dataset(Sequence[Example]):
 
     @staticmethod
     def collate(examples: Sequence[Example]) -> Batch:
-        """One batch of several examples, right-padded with 0 on the first two axes.
+        """One batch of several examples, right-padded on the first two axes with 0 (``word_index`` with -1).
 
         Returns:
             the examples' fields with a leading batch axis and, unless the examples bring their own, ``mask`` (bool
@@ -100,7 +101,7 @@ class Dataset(Sequence[Example]):
                 }
             else:
                 batch[key] = _pad(key, [example[key] for example in examples])  # type: ignore[misc]
-        if "mask" not in batch and _is_sequence(examples[0]):
+        if "mask" not in batch and _tokens(examples[0]) is not None:
             lengths = torch.tensor([_length(example) for example in examples])
             batch["mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
         return batch
@@ -187,23 +188,22 @@ def _leaves(example: Example) -> Iterable[tuple[str, Tensor]]:
             yield key, value
 
 
-def _tokens(example: Example) -> Tensor | None:
-    """The tensor whose first axis runs over the tokens: the tags, else the inputs (pictures and scalars have none)."""
-    for key in ("tags", "inputs"):
-        value = example.get(key)
-        for tensor in value.values() if isinstance(value, Mapping) else () if value is None else (value,):
-            if tensor.ndim == 1 or tensor.ndim == 2:
-                return tensor
+def _tokens(example: Example) -> int | None:
+    """The number of tokens: of the tags, else of the inputs; None where they are pictures or numbers."""
+    tags, inputs = example.get("tags"), example.get("inputs")
+    if isinstance(tags, Tensor) and tags.ndim:
+        return tags.shape[0]
+    if isinstance(inputs, Mapping) and "word_index" in inputs:  # subwords: the tokens are the words
+        return int(inputs["word_index"].max()) + 1 if len(inputs["word_index"]) else 0
+    for tensor in inputs.values() if isinstance(inputs, Mapping) else () if inputs is None else (inputs,):
+        if tensor.ndim in (1, 2):
+            return tensor.shape[0]
     return None
-
-
-def _is_sequence(example: Example) -> bool:
-    return _tokens(example) is not None
 
 
 def _length(example: Example) -> int:
     tokens = _tokens(example)
-    return 1 if tokens is None else tokens.shape[0]
+    return 1 if tokens is None else tokens
 
 
 def _pad(name: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -216,7 +216,8 @@ def _pad(name: str, tensors: Sequence[Tensor]) -> Tensor:
         )
     if len({shape[2:] for shape in shapes}) > 1:
         raise ValueError(f"{name} may differ in its first two axes only, got the shapes {sorted(map(tuple, shapes))}")
-    padded = tensors[0].new_zeros(len(tensors), *(max(sizes) for sizes in zip(*shapes, strict=True)))
+    shape = (len(tensors), *(max(sizes) for sizes in zip(*shapes, strict=True)))
+    padded = tensors[0].new_full(shape, PADDING.get(name.rpartition(".")[2], 0))
     for row, tensor in zip(padded, tensors, strict=True):
         row[tuple(slice(size) for size in tensor.shape[:2])] = tensor
     return padded

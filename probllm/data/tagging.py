@@ -12,6 +12,7 @@ from torch import Tensor
 from probllm.data.dataset import Dataset, Example
 from probllm.data.features import TAGGING_TEMPLATES, FeatureHasher
 from probllm.data.lines import FilePath
+from probllm.data.subwords import Subwords
 from probllm.data.vocabulary import Vocabulary, read_json, write_json
 from probllm.data.word_classes import WordClasses
 
@@ -27,6 +28,7 @@ class TaggingVocabulary:
         characters: known characters.
         classes: symbols of an HMM.
         features: hashed indicator features.
+        subwords: a subword tokeniser, for the field ``subwords``.
         max_characters: of longer words only the first and the last half of so many characters are kept.
     """
 
@@ -37,6 +39,7 @@ class TaggingVocabulary:
         characters: Vocabulary,
         classes: WordClasses,
         features: FeatureHasher,
+        subwords: Subwords | None = None,
         max_characters: int = 32,
     ) -> None:
         self.tags = list(tags)
@@ -49,6 +52,7 @@ class TaggingVocabulary:
         self.characters = characters
         self.classes = classes
         self.features = features
+        self.subwords = subwords
         self.max_characters = max_characters
 
     @classmethod
@@ -60,6 +64,7 @@ class TaggingVocabulary:
         min_count: int = 2,
         bits: int = 19,
         templates: Sequence[str] = TAGGING_TEMPLATES,
+        subwords: Subwords | None = None,
     ) -> TaggingVocabulary:
         """A vocabulary from training sentences.
 
@@ -68,6 +73,7 @@ class TaggingVocabulary:
             tags: tags that may occur elsewhere beside those of the sentences.
             min_count: rarer words get the unknown word's id, so that its embedding learns from them.
             bits, templates: see ``FeatureHasher``.
+            subwords: a trained subword tokeniser, for the field ``subwords``.
         Raises:
             ValueError: if there is no sentence.
         """
@@ -82,6 +88,7 @@ class TaggingVocabulary:
             Vocabulary.build(chain.from_iterable(tokens)),
             WordClasses.build(tokens),
             FeatureHasher(bits, templates),
+            subwords,
         )
 
     @property
@@ -97,19 +104,20 @@ class TaggingVocabulary:
         """Examples of ``inputs`` (a dict of the fields) and, unless they are None, ``tags``.
 
         ``words``, ``symbols`` and ``tags`` are long ``[T]``, ``characters`` ``[T, C]`` with C the sentence's longest
-        word, ``features`` ``[T, templates]``.
+        word, ``features`` ``[T, templates]``. The field ``subwords`` gives ``subwords`` and ``word_index`` ``[S]``: the
+        units of all words, and which word each belongs to.
 
         Args:
             sentences: pairs of words and their tags, or of words and None.
-            fields: which inputs to make.
+            fields: which inputs to make: by default all, but ``subwords`` only when named.
             source: what an error calls the sentences, such as their file.
         Raises:
             ValueError: for a sentence without words, with other than one tag a word, or with a tag that the training
                 sentences lack; for an unknown field.
         """
-        unknown = [field for field in fields if field not in FIELDS]
-        if unknown or not fields:
-            raise ValueError(f"fields must be some of {', '.join(FIELDS)}, got {list(fields)}")
+        known = (*FIELDS, *(["subwords"] if self.subwords else []))
+        if not fields or not set(fields) <= set(known):
+            raise ValueError(f"fields must be some of {', '.join(known)}, got {list(fields)}")
         sentences = list(sentences)
         hashed = self.features.encode([words for words, _ in sentences]) if "features" in fields else None
         examples: list[Example] = []
@@ -124,6 +132,9 @@ class TaggingVocabulary:
                     inputs[field] = torch.tensor(self.classes.encode(words))
                 elif field == "characters":
                     inputs[field] = self._characters(words)
+                elif field == "subwords" and self.subwords is not None:
+                    units = self.subwords.encode_words(words)
+                    inputs["subwords"], inputs["word_index"] = map(torch.tensor, units)
                 elif hashed is not None:
                     inputs[field] = torch.from_numpy(hashed[number])
             if tags is None:
@@ -152,6 +163,7 @@ class TaggingVocabulary:
             "characters": self.characters.to_json(),
             "classes": self.classes.to_json(),
             "features": self.features.to_json(),
+            "subwords": self.subwords.serialized if self.subwords else None,
             "max_characters": self.max_characters,
         }
 
@@ -163,6 +175,7 @@ class TaggingVocabulary:
             Vocabulary.from_json(value["characters"]),
             WordClasses.from_json(value["classes"]),
             FeatureHasher.from_json(value["features"]),
+            Subwords(value["subwords"]) if value["subwords"] else None,
             value["max_characters"],
         )
 

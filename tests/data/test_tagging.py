@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probllm.data import TaggingVocabulary, read_tagged, stress_tagging
+from probllm.data import Subwords, TaggingVocabulary, read_tagged, stress_tagging
 from probllm.data.tagging import FIELDS
 
 token = st.tuples(st.text("abAB1-é.", min_size=1, max_size=40), st.sampled_from(["NOUN", "VERB", "X"]))
@@ -65,6 +65,25 @@ def test_words_rarer_than_min_count_are_unknown_but_known_to_the_classes():
     assert (vocabulary.tags, vocabulary.num_tags) == (["X", "Y"], 2)
 
 
+@pytest.mark.parametrize("tagged", [True, False])
+def test_subwords_come_with_the_word_of_each_and_padding_belongs_to_none(tagged, tmp_path):
+    sentences = [(["walking", "on", "ice"], ["V", "P", "N"]), (["ice"], ["N"])]
+    subwords = Subwords.train(["walk on ice"] * 3, "bpe", 270)
+    vocabulary = TaggingVocabulary.build(sentences, subwords=subwords)
+    vocabulary.save(tmp_path / "vocabulary.json")
+    vocabulary = TaggingVocabulary.load(tmp_path / "vocabulary.json")
+    data = vocabulary.dataset([(words, tags if tagged else None) for words, tags in sentences], ["subwords"])
+    assert data.lengths == [3, 1]
+    batch = data.collate(data.examples)
+    assert batch["mask"].tolist() == [[True] * 3, [True, False, False]]
+    units, owner = batch["inputs"]["subwords"], batch["inputs"]["word_index"]
+    assert units.shape == owner.shape
+    for row, (words, _) in enumerate(sentences):
+        ids, expected = subwords.encode_words(words)
+        assert owner[row].tolist() == expected + [-1] * (owner.shape[1] - len(expected))
+        assert units[row].tolist() == ids + [0] * (owner.shape[1] - len(ids))
+
+
 def test_sentences_without_tags_make_examples_without_tags():
     vocabulary = TaggingVocabulary.build([(["a"], ["X"])])
     data = vocabulary.dataset([(["a", "b"], None)], fields=["words"])
@@ -83,6 +102,7 @@ def test_sentences_without_tags_make_examples_without_tags():
         (lambda v: v.dataset([(["a", "b"], ["X"])]), "sentence 1 has 2 words but 1 tags"),
         (lambda v: v.dataset([([], [])]), "sentence 1 has no words"),
         (lambda v: v.dataset([], fields=["word"]), "fields must be some of words, characters, features, symbols"),
+        (lambda v: v.dataset([], fields=["subwords"]), "fields must be some of words, characters, features, symbols"),
         (lambda v: v.dataset([], fields=[]), "fields must be some of"),
         (lambda v: v.decode([1]), "tags must lie from 0 to 0, got 1"),
         (lambda v: v.decode(torch.tensor([-1])), "tags must lie from 0 to 0, got -1"),
@@ -91,7 +111,10 @@ def test_sentences_without_tags_make_examples_without_tags():
             lambda v: TaggingVocabulary(["X", "X"], v.words, v.characters, v.classes, v.features),
             "tags must be distinct",
         ),
-        (lambda v: TaggingVocabulary(["X"], v.words, v.characters, v.classes, v.features, 1), "max_characters must be"),
+        (
+            lambda v: TaggingVocabulary(["X"], v.words, v.characters, v.classes, v.features, None, 1),
+            "max_characters must be",
+        ),
     ],
 )
 def test_bad_input_is_named(make, message):
