@@ -1,9 +1,9 @@
 """The hidden Markov model: a law over observation sequences in which the chain of states is summed out exactly.
 
-    z_1 ~ initial,   z_t ~ transition(z_{t-1}),   x_t ~ observation(z_t),        p(x) = sum_z p(z, x)         (Rabiner 1989)
+    z_1 ~ initial,   z_t ~ transition(z_{t-1}),   x_t ~ observation(z_t),      p(x) = sum_z p(z, x)      (Rabiner 1989)
 
-There are T - 1 transitions: the first state comes from ``initial`` itself. (Pyro's ``DiscreteHMM`` makes a transition before its
-first observation.)
+There are T - 1 transitions: the first state comes from ``initial`` itself. (Pyro's ``DiscreteHMM`` makes a transition
+before its first observation.)
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
 
     Args:
         initial_logits: ``[..., K]`` logits of the first state.
-        transition_logits: ``[K, K]``, ``[from, to]``, or ``[..., T - 1, K, K]`` (or ``[..., 1, K, K]``); normalised over the last dimension.
-        observation_dist: law of an observation given the state, batch shape ``[K]`` or one that broadcasts to ``[*batch, T, K]``;
-            any distribution of Pyro or torch.
+        transition_logits: ``[K, K]``, ``[from, to]``, or ``[..., T - 1, K, K]`` (or ``[..., 1, K, K]``); normalised
+            over the last dimension.
+        observation_dist: law of an observation given the state, batch shape ``[K]`` or one that broadcasts to
+            ``[*batch, T, K]``; any distribution of Pyro or torch.
         lengths: ``[*batch]`` from 1 to T.
         duration: T, where nothing else tells it; a homogeneous model needs it to be sampled.
     Raises:
@@ -102,7 +103,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         return constraints.independent(inner, 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        new = self._get_checked_instance(type(self), _instance)
+        new: Self = self._get_checked_instance(type(self), _instance)
         for name, value in self.__dict__.items():
             new.__dict__[name] = value
         shape = torch.Size(batch_shape)
@@ -129,7 +130,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
             raise ValueError(f"value: expected {self.duration} steps, got shape {list(value.shape)}")
         if value.shape[at + 1 :] != self.observation_dist.event_shape:
             raise ValueError(
-                f"value: expected observations of shape {list(self.observation_dist.event_shape)}, got {list(value.shape)}"
+                f"value: expected observations of shape {list(self.observation_dist.event_shape)}, "
+                f"got {list(value.shape)}"
             )
         real = None if self.lengths is None else mask_from_lengths(self.lengths, steps)
         if observed is not None:
@@ -150,7 +152,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         with torch.no_grad():
             one = self.observation_dist.sample()
         inner = len(self.observation_dist.event_shape)
-        return one.reshape(-1, *one.shape[one.dim() - inner :])[0].to(value.dtype)
+        legal: Tensor = one.reshape(-1, *one.shape[one.dim() - inner :])[0].to(value.dtype)
+        return legal
 
     def _scores(self, value: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         emissions = self.emissions(value, observed)
@@ -158,7 +161,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         return emissions.expand(*shape, *emissions.shape[-2:]), self.transition, self.initial
 
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
-        """log p(x) ``[...]``, in nats, all state sequences summed out; steps where ``observed`` is False are summed out too."""
+        """log p(x) ``[...]``, in nats, summed over all state sequences, and over steps where ``observed`` is False."""
         emissions, transition, initial = self._scores(value, observed)
         chain = as_chain(emissions, transition, initial, None, self.lengths)
         return chain_log_partition(chain).view(chain.batch_shape).to(emissions.dtype)
@@ -178,8 +181,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         emissions = self.initial.new_zeros(*self.batch_shape, self.duration, self.num_states)
         return LinearChainCRF(emissions, self.transition, self.initial, None, self.lengths)
 
-    def sample_joint(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:
-        """States ``[*sample_shape, *batch, T]`` and observations ``[*sample_shape, *batch, T, *observation]``, exact samples."""
+    def sample_joint(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """Exact samples: states ``[*sample, *batch, T]``, observations ``[*sample, *batch, T, *observation]``."""
         with torch.no_grad():
             states = self._prior().sample(sample_shape)
             full = (*states.shape, self.num_states)
@@ -190,14 +193,14 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
             )
             return states, drawn.gather(states.dim(), at).squeeze(states.dim())
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Observations ``[*sample_shape, *batch, T, *observation]``."""
         return self.sample_joint(sample_shape)[1]
 
     def _intractable(self, what: str) -> NoReturn:
         raise NotImplementedError(
-            f"the {what} of an HMM's observations is intractable: every observation sequence sums over all state sequences; "
-            "posterior(x) has it for the states"
+            f"the {what} of an HMM's observations is intractable: every observation sequence sums over all state "
+            "sequences; posterior(x) has it for the states"
         )
 
     @property

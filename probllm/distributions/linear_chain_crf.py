@@ -1,6 +1,8 @@
 """The linear-chain conditional random field: a law over tag sequences.
 
-p(x) = exp( start(x_1) + sum_t e_t(x_t) + sum_t A_t(x_{t-1}, x_t) + end(x_n) ) / Z          (Lafferty, McCallum and Pereira 2001)
+    p(x) = exp( start(x_1) + sum_t e_t(x_t) + sum_t A_t(x_{t-1}, x_t) + end(x_n) ) / Z
+
+Source: Lafferty, McCallum and Pereira (2001).
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ class LinearChainCRF(StructuredDistribution):
 
     Args:
         emissions: ``[..., T, K]`` score of each tag at each step, in nats; ``-inf`` forbids a tag.
-        transitions: ``[K, K]``, ``[from, to]``, or ``[..., T - 1, K, K]``, or ``[..., 1, K, K]`` (own for each row, shared by its steps).
+        transitions: ``[K, K]``, ``[from, to]``, or ``[..., T - 1, K, K]``, or ``[..., 1, K, K]`` (own for each row,
+            shared by its steps).
         start, end: ``[..., K]`` scores of the first and the last tag; 0 where missing.
         lengths: ``[...]`` number of real steps of each row, 1 to T; T where missing.
     Raises:
         TypeError: for scores that are not floating point.
-        ValueError: for shapes that do not agree, lengths out of range, and NaN or +inf among the scores (when they are summed).
+        ValueError: for shapes that do not agree, lengths out of range, and NaN or +inf among the scores (when they are
+            summed).
     Source: Lafferty, McCallum and Pereira (2001).
 
     Scores in bfloat16 or float16 are summed in float32. Batch dimensions broadcast.
@@ -209,7 +213,7 @@ class LinearChainCRF(StructuredDistribution):
         start: Tensor | None = None,
         end: Tensor | None = None,
     ) -> Self:
-        """The law given that the sequence is among the allowed ones; its ``log_partition`` keeps the mass of what is left.
+        """The law given that the sequence is allowed; its ``log_partition`` keeps the mass of what is left.
 
         Args:
             allowed: ``[..., T, K]`` bool, tags that each step may take (a partial label).
@@ -261,8 +265,8 @@ class LinearChainCRF(StructuredDistribution):
         """The allowed sequence of the least expected loss (minimum Bayes risk), ``[*batch, T]``.
 
         Args:
-            loss: ``"hamming"`` (the number of wrong tags), or ``[K, K]`` cost of predicting k (row) where the truth is j (column),
-                summed over the steps.
+            loss: ``"hamming"`` (the number of wrong tags), or ``[K, K]`` cost of predicting k (row) where the truth is
+                j (column), summed over the steps.
         """
         marginals = self._expected_parts()["emissions"].detach()
         k = self.num_tags

@@ -1,7 +1,8 @@
 """What every law over structures can do, derived once.
 
-A structure's score is a sum over its parts, so the law is an exponential family, p(x) = exp(score(x)) / Z. A subclass gives the
-recursions (``_log_z``, ``_expected``, ``_best``, ``_k_best``, ``_draw``), the score of a structure and its parts; this class derives
+A structure's score is a sum over its parts, so the law is an exponential family, p(x) = exp(score(x)) / Z. A subclass
+gives the recursions (``_log_z``, ``_expected``, ``_best``, ``_k_best``, ``_draw``), the score of a structure and its
+parts; this class derives
 
     log_prob(x) = score(x) - log Z               entropy = log Z - E[score]
     cross_entropy(p, q) = log Z_q - E_p[score_q]          KL(p, q) = cross_entropy(p, q) - entropy(p)
@@ -142,7 +143,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         return {name: self._kept["expected " + name] for name in self.parts}
 
     def score(self, value: Tensor) -> Tensor:
-        """Unnormalised log probability of structures ``[..., *event]``: ``[...]``, in nats; -inf for one that is forbidden."""
+        """Log of the unnormalised probability of structures ``[..., *event]``, in nats; -inf for a forbidden one."""
         return self._score(self._checked(value)).to(self._dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -164,8 +165,8 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
             torch.broadcast_shapes(value.shape[: value.dim() - len(shape)], self.batch_shape)
         except RuntimeError:
             raise ValueError(
-                f"value: batch shape {list(value.shape[: value.dim() - len(shape)])} does not broadcast with that of the law, "
-                f"{list(self.batch_shape)}"
+                f"value: batch shape {list(value.shape[: value.dim() - len(shape)])} does not broadcast with "
+                f"{list(self.batch_shape)}, that of the law"
             ) from None
         real = self._real(value)
         if not is_wrapped(real) and real.numel():
@@ -194,7 +195,8 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         """The k structures of the highest scores, best first and distinct.
 
         Returns:
-            scores ``[k, *batch]`` (differentiable) and structures ``[k, *batch, *event]``; -inf and -1 where there are fewer than k.
+            scores ``[k, *batch]`` (differentiable) and structures ``[k, *batch, *event]``; -inf and -1 where there are
+            fewer than k.
         """
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
@@ -208,7 +210,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         scores = scores.view(k, *lead, *self._own_shape).expand(size)
         return scores, found.view(k, *lead, *self._own_shape, *self.event_shape).expand(size + tuple(self.event_shape))
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Independent exact samples ``[*sample_shape, *batch, *event]``."""
         shape = torch.Size(sample_shape)
         with torch.no_grad():
@@ -263,8 +265,8 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
             raise TypeError(f"q: expected {type(self).__name__}, got {type(other).__name__}")
         if other.event_shape != self.event_shape or other._greatest() != self._greatest():
             raise ValueError(
-                f"q: expected a law over structures of shape {list(self.event_shape)} with entries to {self._greatest()}, "
-                f"got {list(other.event_shape)} with entries to {other._greatest()}"
+                f"q: expected a law over structures of shape {list(self.event_shape)} with entries to "
+                f"{self._greatest()}, got {list(other.event_shape)} with entries to {other._greatest()}"
             )
         return other.parts
 
@@ -290,7 +292,8 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         """E[sum of the scores of a structure's parts] ``[*batch]``.
 
         Args:
-            part_scores: a score for each main part, in the shape of the main scores, or a dict by the names in ``parts``.
+            part_scores: a score for each main part, in the shape of the main scores, or a dict by the names in
+                ``parts``.
         """
         names = list(self.parts)
         scores = part_scores if isinstance(part_scores, dict) else {names[0]: part_scores}
@@ -301,14 +304,15 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
                 torch.broadcast_shapes(score.shape, self._expected_parts()[name].shape)
             except RuntimeError:
                 raise ValueError(
-                    f"part_scores: expected {name} to broadcast with {list(self._expected_parts()[name].shape)}, got {list(score.shape)}"
+                    f"part_scores: expected {name} to broadcast with {list(self._expected_parts()[name].shape)}, "
+                    f"got {list(score.shape)}"
                 ) from None
         mean = self._mean_of(scores)
         return mean.expand(torch.broadcast_shapes(mean.shape, self.batch_shape)).to(self._dtype)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same law over a larger batch; scores are not copied, and what was computed is shared."""
-        new = self._get_checked_instance(type(self), _instance)
+        new: Self = self._get_checked_instance(type(self), _instance)
         for name, value in self.__dict__.items():
             if name not in ("_batch_shape",):
                 new.__dict__[name] = value
@@ -319,7 +323,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         return new
 
 
-@register_kl(StructuredDistribution, StructuredDistribution)
+@register_kl(StructuredDistribution, StructuredDistribution)  # type: ignore[untyped-decorator]
 def _kl_structures(p: StructuredDistribution, q: StructuredDistribution) -> Tensor:
     if type(p) is not type(q):
         raise NotImplementedError(

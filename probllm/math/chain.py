@@ -2,16 +2,18 @@
 
     score(x) = start(x_1) + sum_t e_t(x_t) + sum_t A_t(x_{t-1}, x_t) + end(x_n),     log Z = log sum_x exp score(x)
 
-``log_partition`` and ``expectations`` run the compiled recursions of ``kernels``: scaled in float32 where that is certified,
-else scaled in float64, else log space; the answer is the same. The derivative of log Z in each score is the expectation of that
-part (Lafferty, McCallum and Pereira 2001). Second derivatives, and everything on a GPU, go through the torch twin in
-``chain_torch``. Scores are ``[..., T, K]``; ``-inf`` forbids; a row in which nothing is allowed has log Z = -inf and expectations 0.
+``log_partition`` and ``expectations`` run the compiled recursions of ``kernels``: scaled in float32 where that is
+certified, else scaled in float64, else log space; the answer is the same. The derivative of log Z in each score is the
+expectation of that part (Lafferty, McCallum and Pereira 2001). Second derivatives, and everything on a GPU, go through
+the torch twin in ``chain_torch``. Scores are ``[..., T, K]``; ``-inf`` forbids; a row in which nothing is allowed has
+log Z = -inf and expectations 0.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +63,8 @@ def as_chain(
         )
     if transitions.dim() > 2 and transitions.shape[-3] not in (1, steps - 1):
         raise ValueError(
-            f"transitions: expected {steps - 1} steps (or 1 for all) at dimension -3, got shape {list(transitions.shape)}"
+            f"transitions: expected {steps - 1} steps (or 1 for all) at dimension -3, "
+            f"got shape {list(transitions.shape)}"
         )
     for name, score in (("emissions", emissions), ("transitions", transitions), ("start", start), ("end", end)):
         if score is None:
@@ -105,14 +108,13 @@ def as_chain(
     if shared:
         table = transitions.to(dtype).reshape(1, 1, k, k)
     else:
-        own = transitions.shape[:-3]
-        own = (1,) * (len(batch_shape) - len(own)) + tuple(own)
+        own = (1,) * (len(batch_shape) + 3 - transitions.dim()) + tuple(transitions.shape[:-3])
         kept = len(own)  # trailing batch dimensions along which the transitions do not vary are rows of one group
         while kept and own[kept - 1] == 1:
             kept -= 1
         full = transitions.to(dtype).reshape(*own, *transitions.shape[-3:])
         full = full.expand(*batch_shape[:kept], *own[kept:], *transitions.shape[-3:])
-        table = full.reshape(-1 if rows else max(1, math.prod(batch_shape[:kept])), *transitions.shape[-3:])
+        table = full.reshape(max(1, math.prod(batch_shape[:kept])), *transitions.shape[-3:])  # no -1: T may be 1
     zero = flat.new_zeros(rows, k) if start is None or end is None else flat
     starts = zero if start is None else start.to(dtype).expand(*batch_shape, k).reshape(rows, k)
     ends = zero if end is None else end.to(dtype).expand(*batch_shape, k).reshape(rows, k)
@@ -131,7 +133,7 @@ def as_chain(
 
 def is_wrapped(x: Tensor) -> bool:
     """Whether a torch.func transform hides the values of ``x``."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))  # type: ignore[attr-defined]
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def log_partition(
@@ -163,17 +165,17 @@ def marginals(
     end: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Probability of each tag at each step, ``[..., T, K]``: the gradient of ``log_partition`` in the emissions; 0 on padding."""
+    """Probability of each tag at each step, ``[..., T, K]``: the gradient of ``log_partition``; 0 on padding."""
     chain = as_chain(emissions, transitions, start, end, lengths)
     tags = chain_expectations(chain)[0]
     return tags.reshape(*chain.batch_shape, *tags.shape[1:]).to(emissions.dtype)
 
 
 def chain_log_partition(chain: Chain) -> Tensor:
-    """``log_partition`` of scores already in shape: ``[B]`` float64, so that a log probability can be taken before rounding."""
+    """``log_partition`` of scores already in shape: ``[B]`` float64, so that log probabilities are rounded last."""
     if chain.emissions.device.type != "cpu":
         return chain_torch.log_partition(*chain[:5]).double()
-    result: Tensor = _LogPartition.apply(*chain[:5], [])
+    result: Tensor = _LogPartition.apply(*chain[:5], [])  # type: ignore[no-untyped-call]
     return result
 
 
@@ -181,14 +183,14 @@ def chain_expectations(chain: Chain, weights: Tensor | None = None) -> tuple[Ten
     """Expected parts of scores already in shape, each row times its weight (1 where missing); twice differentiable.
 
     Returns:
-        Tags ``[B, T, K]``, and transitions ``[G, S, K, K]`` summed over the rows of a group (and over the steps where S = 1).
+        Tags ``[B, T, K]``, and transitions ``[G, S, K, K]`` summed over the rows of a group (over the steps if S = 1).
     """
     if weights is None:
         weights = chain.emissions.new_ones(chain.emissions.shape[0])
     if chain.emissions.device.type != "cpu":
         tags, pairs, _, _ = chain_torch.expectations(weights, *chain[:5])
     else:
-        tags, pairs, _, _ = _Expectations.apply(weights, *chain[:5])
+        tags, pairs, _, _ = _expectations(weights, *chain[:5])
     return tags, pairs
 
 
@@ -202,7 +204,7 @@ class _LogPartition(torch.autograd.Function):
     """log Z of scores in the shape of ``Chain``; ``box`` carries the compiled pass from forward to backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor, box: list[Pass]
     ) -> Tensor:
         wanted = any(x.requires_grad for x in (emissions, transitions, start, end))
@@ -218,23 +220,27 @@ class _LogPartition(torch.autograd.Function):
         ctx.box = inputs[5]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         emissions, transitions, start, end, lengths = ctx.saved_tensors
         grad = grad.to(emissions.dtype)
         if torch.is_grad_enabled() or not ctx.box:  # someone will differentiate what this returns
-            tags, pairs, first, last = _Expectations.apply(grad, emissions, transitions, start, end, lengths)
+            tags, pairs, first, last = _expectations(grad, emissions, transitions, start, end, lengths)
             return tags, pairs, first, last, None, None
         done = ctx.box[0]
-        tags = done.tags(grad) if any(ctx.needs_input_grad[i] for i in (0, 2, 3)) else None
-        pairs = done.pairs(grad) if ctx.needs_input_grad[1] else None
-        first, last = _at_ends(tags, lengths) if tags is not None and any(ctx.needs_input_grad[2:4]) else (None, None)
-        return tags, pairs, first, last, None, None
+        by_pair = done.pairs(grad) if ctx.needs_input_grad[1] else None
+        if not any(ctx.needs_input_grad[i] for i in (0, 2, 3)):
+            return None, by_pair, None, None, None, None
+        by_tag = done.tags(grad)
+        if not any(ctx.needs_input_grad[2:4]):
+            return by_tag, by_pair, None, None, None, None
+        first, last = _at_ends(by_tag, lengths)
+        return by_tag, by_pair, first.clone(), last, None, None  # no gradient is a view of another
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         emissions, transitions, start, end, lengths = (x.contiguous() for x in ctx.saved_tensors)
         ones = emissions.new_ones(emissions.shape[0])
-        tags, _, first, last = _Expectations.apply(ones, emissions, transitions, start, end, lengths)
+        tags, _, first, last = _expectations(ones, emissions, transitions, start, end, lengths)
         change = emissions.new_zeros(emissions.shape[0])
         if tangents[0] is not None:
             change = change + (tags * tangents[0]).sum((-1, -2))
@@ -243,20 +249,21 @@ class _LogPartition(torch.autograd.Function):
         for part, tangent in ((first, tangents[2]), (last, tangents[3])):
             if tangent is not None:
                 change = change + (part * tangent).sum(-1)
-        return change.double()
+        widened: Tensor = change.double()
+        return widened
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         scores = _fold(info.batch_size, in_dims[:5], inputs[:5])
-        result = _LogPartition.apply(*scores, [])
+        result = _LogPartition.apply(*scores, [])  # type: ignore[no-untyped-call]
         return result.view(info.batch_size, -1), 0
 
 
 class _Expectations(torch.autograd.Function):
-    """weights * gradient of log Z: the first derivative of ``_LogPartition`` as a function that has derivatives itself."""
+    """weights * gradient of log Z: the derivative of ``_LogPartition`` as a function that has derivatives itself."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         weights: Tensor, emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor
     ) -> tuple[Tensor, ...]:
         done = forward_backward(emissions, transitions, start, end, lengths, backward=2)
@@ -270,9 +277,9 @@ class _Expectations(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *scores, lengths = ctx.saved_tensors
-        _, pull = torch.func.vjp(lambda *x: chain_torch.expectations(*x, lengths), *scores)
+        pull = torch.func.vjp(partial(chain_torch.expectations, lengths=lengths), *scores)[1]
         return (*pull(grads), None)
 
     @staticmethod
@@ -281,7 +288,7 @@ class _Expectations(torch.autograd.Function):
         scores = [x.contiguous() for x in saved]  # forward mode takes no tensor that repeats its memory
         along = tuple(torch.zeros_like(x) if d is None else d for x, d in zip(scores, tangents[:5], strict=True))
         changes: tuple[Tensor, ...] = torch.func.jvp(
-            lambda *x: chain_torch.expectations(*x, lengths), tuple(scores), along
+            partial(chain_torch.expectations, lengths=lengths), tuple(scores), along
         )[1]
         return changes
 
@@ -294,8 +301,13 @@ class _Expectations(torch.autograd.Function):
         if not own:  # each sample wants the expected transitions of its own rows
             transitions, in_dims = transitions.expand(n, *transitions.shape), (*in_dims[:2], 0, *in_dims[3:])
         scores = _fold(n, in_dims[1:], (emissions, transitions, start, end, lengths))
-        outputs = _Expectations.apply(weights, *scores)
+        outputs = _expectations(weights, *scores)
         return tuple(x.view(n, -1, *x.shape[1:]) for x in outputs), (0, 0, 0, 0)
+
+
+def _expectations(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _Expectations.apply(*arguments)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def _fold_one(n: int, dim: int | None, x: Tensor) -> Tensor:
@@ -317,4 +329,4 @@ def _fold(n: int, dims: tuple[int | None, ...], scores: tuple[Tensor, ...]) -> t
 
 # torch binds the arguments of every call to the signature; kept here so that it is not derived anew each time
 for _function in (_LogPartition, _Expectations):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010

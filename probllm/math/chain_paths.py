@@ -58,15 +58,15 @@ def best_paths(chain: Chain) -> Tensor:
     for dtype in dtypes:
         blocks = np.full((groups, -(-order.shape[1] // 4) * 4), -1, np.int64)
         blocks[:, : order.shape[1]] = order
-        table = np.full((groups, transitions.shape[1], k, padded(k)), -np.inf, dtype)
+        table: np.ndarray = np.full((groups, transitions.shape[1], k, padded(k)), -np.inf, dtype)
         back = table.copy()
         table[..., :k], back[..., :k] = transitions, transitions.swapaxes(-1, -2)
         arguments = (emissions, start, end, lengths, table, back, blocks.reshape(-1), paths, flags)
         run_shares(kernels.best, arguments, blocks.size // 4, 1.0 * rows * steps * k * (k + 32))
         if (flags & kernels.BROKEN).any():
             raise ValueError(
-                f"emissions, start or end: a score of row {np.flatnonzero(flags & kernels.BROKEN)[0]} of the batch is NaN or +inf "
-                "(-inf forbids)"
+                f"emissions, start or end: a score of row {np.flatnonzero(flags & kernels.BROKEN)[0]} of the batch is "
+                "NaN or +inf (-inf forbids)"
             )
         if not flags.any():
             break
@@ -86,14 +86,15 @@ def top_k(
     """The k tag sequences of the highest scores, best first, all distinct.
 
     Returns:
-        Scores ``[k, ...]`` (float64, without gradient) and sequences ``[k, ..., T]``; -inf and -1 where there are fewer than k.
+        Scores ``[k, ...]`` (float64, without gradient) and sequences ``[k, ..., T]``; -inf and -1 where there are
+        fewer than k.
     Source: the k-best recursion of Huang and Chiang (2005), algorithm 2, on a chain.
     """
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
     chain = as_chain(emissions, transitions, start, end, lengths)
     # a GPU waits for its own kernel: the list merging is done on the host
-    host = (x.detach().cpu().contiguous().numpy() for x in chain[:5])
+    host = [x.detach().cpu().contiguous().numpy() for x in chain[:5]]
     scores, table, first, last, n = host
     rows, steps, tags = scores.shape
     if not all(np.isfinite(x[x != -np.inf]).all() for x in (scores, table, first, last)):
@@ -101,7 +102,6 @@ def top_k(
     paths, found = np.empty((k, rows, steps), np.int64), np.empty((k, rows))
     if rows:
         arguments = (scores, first, last, n, table.astype(np.float64), k, paths, found)
-        arguments = (*arguments[:1], *(np.ascontiguousarray(x) for x in arguments[1:5]), *arguments[5:])
         run_shares(kernels.k_best, arguments, rows, 4.0 * rows * steps * tags * tags)
     shape = (k, *chain.batch_shape)
     device = emissions.device
@@ -132,7 +132,14 @@ def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None)
     rows, steps, k = chain.emissions.shape
     uniforms = torch.rand(n, rows, steps, dtype=torch.float64, device=chain.emissions.device, generator=generator)
     if chain.emissions.device.type != "cpu":
-        return chain_torch.sample_paths(*(x.detach() for x in chain[:5]), uniforms)
+        return chain_torch.sample_paths(
+            chain.emissions.detach(),
+            chain.transitions.detach(),
+            chain.start.detach(),
+            chain.end.detach(),
+            chain.lengths,
+            uniforms,
+        )
     done = forward_backward(*chain[:5], backward=1)
     paths = torch.full((n, rows, steps), -1, dtype=torch.long)
     parts = [(part.rows, part.good, part.alpha, part.back, False) for part in done.scaled]
@@ -147,9 +154,8 @@ def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None)
         numbers = uniforms if which is None else uniforms[:, which].contiguous()
         lengths = chain.lengths if which is None else chain.lengths[which]
         chosen = torch.ones(lengths.shape[0], dtype=torch.bool) if good is None else good
-        arguments = (
-            *(x.detach().contiguous().numpy() for x in (alpha, back, lengths, chosen, numbers)), here.numpy(), logarithms
-        )  # fmt: skip
+        given = (x.detach().contiguous().numpy() for x in (alpha, back, lengths, chosen, numbers))
+        arguments = (*given, here.numpy(), logarithms)
         run_shares(kernels.sample, arguments, lengths.shape[0], 4.0 * n * rows * steps * k)
         if which is not None:
             paths[:, which[chosen]] = here[:, chosen]

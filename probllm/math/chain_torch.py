@@ -1,8 +1,8 @@
-"""The torch twin of the compiled chain recursions: the reference in the tests, the GPU's path, and all second derivatives.
+"""The torch twin of the compiled chain recursions: reference in the tests, the GPU's path, and all second derivatives.
 
-Plain differentiable torch operations with no branch on a value, so that it runs under autograd of any order, ``torch.func`` and
-``vmap``. Scores come in the shapes of ``chain.Chain``: emissions [B, T, K], transitions [G, S, K, K], start and end [B, K], lengths
-[B], where the rows of a batch are G groups in a row.
+Plain differentiable torch operations with no branch on a value, so that it runs under autograd of any order,
+``torch.func`` and ``vmap``. Scores come in the shapes of ``chain.Chain``: emissions [B, T, K], transitions
+[G, S, K, K], start and end [B, K], lengths [B], where the rows of a batch are G groups in a row.
 """
 
 from __future__ import annotations
