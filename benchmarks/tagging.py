@@ -210,7 +210,8 @@ def run_crfsuite(task: Task, seed: int, result: Result, iterations: int = 60) ->
         start = time.perf_counter()
         predicted = [tagger.tag(rows) for rows in strings["test"]]
         seconds = time.perf_counter() - start
-        result.parameters = int(tagger.info().header["num_features"])
+        info = tagger.info()
+        result.parameters = len(info.state_features) + len(info.transitions)
         tagger.close()
     add(task, result, seed, predicted, seconds)
 

@@ -150,12 +150,13 @@ class Tagger(Model):
         return lengths_from_mask(mask)
 
     def _mask(self, batch: Batch, like: Tensor | None) -> Tensor:
-        mask = batch.get("mask")
-        if mask is None:
-            if like is None:
-                raise ValueError(f"batch has neither mask nor tags; its keys are {sorted(batch)}")
-            mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
-        return mask
+        mask: Tensor | None = batch.get("mask")
+        if mask is not None:
+            lengths_from_mask(mask)  # which raises where the law would
+            return mask
+        if like is None:
+            raise ValueError(f"batch has neither mask nor tags; its keys are {sorted(batch)}")
+        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
 
     def _known(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The tags if all are known, else what they may be, ``[B, L, K]``; two times None if nothing is given."""
