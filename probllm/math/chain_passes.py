@@ -1,8 +1,8 @@
 """One compiled pass over a batch of chains, in the narrowest arithmetic that is certified for each row.
 
 Float32 scores start in float32, in probability space. Rows that are not certified there go on to float64, still in
-probability space and now with forbidden states; what is left goes to log space, which is right for every score. A ``Pass`` holds
-what each tier left behind and gives the expectations of the whole batch.
+probability space and now with forbidden states; what is left goes to log space, which is right for every score. A
+``Pass`` holds what each tier left behind and gives the expectations of the whole batch.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def forward_backward(
         if (flags & chain_scaled.BROKEN).any():
             b = int(np.flatnonzero(flags & chain_scaled.BROKEN)[0])
             raise ValueError(
-                f"emissions, start or end: a score of row {b if left is None else left[b]} of the batch is NaN or +inf (-inf forbids)"
+                f"emissions, start or end: a score of row {b if left is None else left[b]} of the batch is NaN or +inf "
+                "(-inf forbids)"
             )
         if left is None:
             done.log_z = torch.empty(rows, dtype=torch.float64)
@@ -166,7 +167,10 @@ def forward_backward(
 
 
 def _tables(transitions: np.ndarray, dtype: type) -> tuple[list[np.ndarray], bool]:
-    """[exp of the transitions [G, S, K, P], the same transposed, maxima [G, S], range in nats [G]], and whether some are forbidden."""
+    """The four arguments of the kernel that speak of transitions, and whether some are forbidden.
+
+    They are exp of the transitions ``[G, S, K, P]``, the same transposed, maxima ``[G, S]``, range in nats ``[G]``.
+    """
     groups, times, k, _ = transitions.shape
     n = groups * times
     both = np.empty((2, n, k, padded(k)), dtype)
@@ -192,9 +196,9 @@ def _scaled(
     order = np.argsort(-lengths.reshape(groups, -1), axis=1, kind="stable")
     if groups > 1:
         order += np.arange(0, rows, rows // groups)[:, None]
-    alpha = np.empty((rows, steps if backward else 1, width), dtype)
-    weights = np.empty((rows, steps if backward == 2 else 0, width), dtype)
-    marginals = np.empty((rows, steps if backward == 2 else 0, width), dtype)
+    alpha: np.ndarray = np.empty((rows, steps if backward else 1, width), dtype)
+    weights: np.ndarray = np.empty((rows, steps if backward == 2 else 0, width), dtype)
+    marginals: np.ndarray = np.empty((rows, steps if backward == 2 else 0, width), dtype)
     log_z, flags = np.empty(rows), np.empty(rows, np.int64)
     span = chain_scaled.SPAN64 if zeros else chain_scaled.SPAN32
     arguments = (*scores, *tables, order.reshape(-1), zeros, span, backward, alpha, weights, marginals, log_z, flags)

@@ -13,6 +13,7 @@ from probllm.math import chain_torch
 from probllm.math.chain import Chain, as_chain
 from probllm.math.chain_passes import forward_backward
 from probllm.math.kernels import chain_paths as kernels
+from probllm.math.kernels.chain_scaled import BROKEN
 from probllm.math.kernels.threads import run_shares
 from probllm.math.kernels.vectors import padded
 
@@ -63,9 +64,9 @@ def best_paths(chain: Chain) -> Tensor:
         table[..., :k], back[..., :k] = transitions, transitions.swapaxes(-1, -2)
         arguments = (emissions, start, end, lengths, table, back, blocks.reshape(-1), paths, flags)
         run_shares(kernels.best, arguments, blocks.size // 4, 1.0 * rows * steps * k * (k + 32))
-        if (flags & kernels.BROKEN).any():
+        if (flags & BROKEN).any():
             raise ValueError(
-                f"emissions, start or end: a score of row {np.flatnonzero(flags & kernels.BROKEN)[0]} of the batch is "
+                f"emissions, start or end: a score of row {np.flatnonzero(flags & BROKEN)[0]} of the batch is "
                 "NaN or +inf (-inf forbids)"
             )
         if not flags.any():
@@ -101,7 +102,9 @@ def top_k(
         raise ValueError("emissions, transitions, start or end: scores must not be NaN or +inf (-inf forbids)")
     paths, found = np.empty((k, rows, steps), np.int64), np.empty((k, rows))
     if rows:
-        arguments = (scores, first, last, n, table.astype(np.float64), k, paths, found)
+        back = np.full((*table.shape[:3], padded(tags)), -np.inf)
+        back[..., :tags] = table.swapaxes(-1, -2)
+        arguments = (scores, first, last, n, back, k, paths, found)
         run_shares(kernels.k_best, arguments, rows, 4.0 * rows * steps * tags * tags)
     shape = (k, *chain.batch_shape)
     device = emissions.device

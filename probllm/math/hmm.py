@@ -51,7 +51,7 @@ def expected_counts(
     """
     if symbols.dim() != 2 or symbols.is_floating_point():
         raise ValueError(f"symbols: expected integers of shape [B, T], got {symbols.dtype} of {list(symbols.shape)}")
-    k, size = emission_logits.shape
+    size = emission_logits.shape[1]
     real = symbols
     if lengths is not None:
         real = symbols.masked_fill(torch.arange(symbols.shape[1], device=symbols.device) >= lengths.unsqueeze(1), 0)
@@ -76,7 +76,8 @@ def expected_counts(
 
 
 def _counts_of_table(symbols: Tensor, scores: list[Tensor], lengths: Tensor) -> tuple[Counts, Tensor | None]:
-    """The counts by the fused kernel, and the rows that it could not certify: None, some (not counted), or empty for all."""
+    """The counts by the fused kernel, and the rows that it could not certify: None, some (not counted), or empty
+    for all."""
     initial, transition, emission = scores
     k, size = emission.shape
     forbids = any(bool((x == -torch.inf).any()) for x in scores)

@@ -1,7 +1,8 @@
 """Expected counts of a hidden Markov model with categorical observations, in one pass over the sequences.
 
-The recursions of ``chain_scaled`` where the emission of a step is a row of one table: exponentials are taken once a symbol and
-not once a step, and the expectations of a step go straight into the counts, so that no array of the size of the data is kept.
+The recursions of ``chain_scaled`` where the emission of a step is a row of one table: exponentials are taken once a
+symbol and not once a step, and the expectations of a step go straight into the counts, so that no array of the size
+of the data is kept.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ def count(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One share of the blocks of four rows of ``symbols`` [B, T]; ``order`` [B]: rows by falling length.
 
-    first_table [P], forth and back [K, P] (transposed), table [V, P]: probabilities up to a factor, padded with 0 from K to P
+    first_table [P], forth and back [K, P] (transposed), table [V, P]: probabilities up to a factor, padded with 0
+    from K to P
     offset: logarithm of the factor of ``forth``; symbol_offsets [V]; that of ``first_table`` is the caller's
     zeros: some are 0, so look out for underflow; a row found too small is flagged TINY, or SPOILED
-    log_z [B] and flags [B] are set; initial [N, P], transition [N, K, P] (to be multiplied by ``forth``) and emission [N, V, P] are
-    added to at N = ``first``
+    log_z [B] and flags [B] are set; initial [N, P], transition [N, K, P] (to be multiplied by ``forth``) and emission
+    [N, V, P] are added to at N = ``first``
     """
     rows, steps = symbols.shape
     k, width = forth.shape

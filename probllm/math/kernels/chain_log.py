@@ -1,10 +1,11 @@
-"""Forward-backward of a linear chain in log space and float64: slower than the scaled recursion and right for every score.
+"""Forward-backward of a linear chain in log space and float64: slower than the scaled recursion and right for every
+score.
 
     a_t(j) = e_t(j) + log sum_i exp(a_{t-1}(i) + A(i, j)) - m_t        m_t: the maximum, taken out so that digits stay
     b_{t-1}(i) = log sum_j exp(A(i, j) + e_t(j) + b_t(j)) - d_t        log Z = sum_t m_t + log sum_j exp(a_T(j))
 
--inf forbids. A row in which nothing is allowed has log Z = -inf and expectations 0. Marginals are normalised at each step by
-the sum over that step, so they keep their digits however large log Z is.
+-inf forbids. A row in which nothing is allowed has log Z = -inf and expectations 0. Marginals are normalised at each
+step by the sum over that step, so they keep their digits however large log Z is.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ def _log_product(x, matrix, out, k):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def forward_backward(  # type: ignore[no-untyped-def]
-    emissions, start, end, lengths, transitions, transposed, which, backward, alpha, marginals, pairs, log_z, first, step
+    emissions, start, end, lengths, transitions, transposed, which, backward, alpha, marginals, pairs, log_z, first,
+    step
 ):  # fmt: skip
     """One share of the rows ``which`` of the batch.
 
-    emissions [B, T, K], start, end [B, K], lengths [B]; transitions [G, S, K, K] and transposed; which [N]: rows of the batch.
+    emissions [B, T, K], start, end [B, K], lengths [B]; transitions [G, S, K, K] and transposed; which [N]: rows of
+    the batch.
     backward: 0 log Z alone; 1 log Z and alpha; 2 everything
     alpha [N, T, K] float64: log filtered scores, each step's maximum 0
     marginals [N, T, K]; pairs [N, S, K, K]: expected transitions, summed over the steps where S = 1; log_z [N]

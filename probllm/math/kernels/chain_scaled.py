@@ -1,11 +1,12 @@
 """Forward-backward of a linear chain in probability space, scaled at every step (Rabiner 1989, section V.A).
 
     alpha_t(j) = q_t(j) sum_i alpha_{t-1}(i) A(i, j) / c_{t-1},   c_t = sum_j alpha_t(j)
-    beta_{t-1}(i) = sum_j A(i, j) g_t(j),                          g_t(j) = q_t(j) beta_t(j) / d_{t+1},   d_t = sum_j g_t(j)
+    beta_{t-1}(i) = sum_j A(i, j) g_t(j),                          g_t(j) = q_t(j) beta_t(j) / d_{t+1},   d_t = sum_j
+    g_t(j)
 
-with q = exp(emissions - the first allowed one of the step) and A = exp(transitions - their maximum); log Z is the sum of log c_t
-and of what was taken out. Four rows of the batch share the matrix product of a step (``vectors``), and the K states of a step are
-padded to whole vectors. No [T, K, K] array exists, and no logarithm is taken inside.
+with q = exp(emissions - the first allowed one of the step) and A = exp(transitions - their maximum); log Z is the sum
+of log c_t and of what was taken out. Four rows of the batch share the matrix product of a step (``vectors``), and the
+K states of a step are padded to whole vectors. No [T, K, K] array exists, and no logarithm is taken inside.
 
 Every row is certified, or says in ``flags`` why it is not (bits):
     WIDE    its scores range too widely for this precision, or a score is forbidden where ``zeros`` is False,
@@ -13,9 +14,10 @@ Every row is certified, or says in ``flags`` why it is not (bits):
     BROKEN  a score is NaN or +inf.
 The outputs of a flagged row are 0: the caller computes it again in a wider precision or in log space.
 
-Why the certificate holds. Let span = range of one step's emissions + 2 (range of the transitions) + ln K. Without zeros all sums
-and quotients of a step lie within exp(+-span), so nothing over- or underflows. With zeros a state may decay over many steps; one step shrinks it by
-at most exp(-span), so it must pass between TINIEST * exp(-span) and TINIEST before it can vanish, and is seen there.
+Why the certificate holds. Let span = range of one step's emissions + 2 (range of the transitions) + ln K. Without
+zeros all sums and quotients of a step lie within exp(+-span), so nothing over- or underflows. With zeros a state may
+decay over many steps; one step shrinks it by at most exp(-span), so it must pass between TINIEST * exp(-span) and
+TINIEST before it can vanish, and is seen there.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
-def _extremes(x, first, last):  # type: ignore[no-untyped-def]
+def extremes(x, first, last):  # type: ignore[no-untyped-def]
     high = low = x[first]
     for j in range(first + 1, last):
         high = x[j] if x[j] > high else high
@@ -45,7 +47,7 @@ def _extremes(x, first, last):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"}, error_model="numpy")
-def _times_zero(x, first, last):  # type: ignore[no-untyped-def]
+def times_zero(x, first, last):  # type: ignore[no-untyped-def]
     """0 if every entry is finite, else NaN."""
     total = x[first] * 0
     for j in range(first, last):
@@ -54,7 +56,7 @@ def _times_zero(x, first, last):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _lowest_allowed(x, first, last):  # type: ignore[no-untyped-def]
+def lowest_allowed(x, first, last):  # type: ignore[no-untyped-def]
     """(least and greatest entry that is not -inf, whether a NaN or +inf is among them)."""
     low, high, broken = math.inf, -math.inf, False
     for j in range(first, last):
@@ -92,10 +94,11 @@ def _exp64(x, size):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def tables(transitions, table, back, offsets, spread, flags, first, step):  # type: ignore[no-untyped-def]
-    """exp of the transitions around their maximum, once as they are and once transposed; one share of the [K, K] blocks.
+    """exp of the transitions around their maximum, once as they are and once transposed; one share of the [K, K]
+    blocks.
 
-    transitions [N, K, K]; table and back [N, K, P] with P - K columns of 0; offsets [N]: maxima; spread [N]: range in nats of the
-    allowed scores; flags [N]: 0, WIDE if some are forbidden, BROKEN if one is NaN or +inf.
+    transitions [N, K, K]; table and back [N, K, P] with P - K columns of 0; offsets [N]: maxima; spread [N]: range in
+    nats of the allowed scores; flags [N]: 0, WIDE if some are forbidden, BROKEN if one is NaN or +inf.
     """
     n, k, _ = transitions.shape
     size = k * k
@@ -104,10 +107,10 @@ def tables(transitions, table, back, offsets, spread, flags, first, step):  # ty
     power = bits.view(np.float32)
     for m in range(first, n, step):
         block = transitions[m].reshape(size)
-        low, high = _extremes(block, 0, size)
+        low, high = extremes(block, 0, size)
         flags[m] = 0
-        if not _times_zero(block, 0, size) == 0:
-            low, high, broken = _lowest_allowed(block, 0, size)
+        if times_zero(block, 0, size) != 0:
+            low, high, broken = lowest_allowed(block, 0, size)
             flags[m] = BROKEN if broken else WIDE
             if high == -math.inf:
                 low, high = low * 0, high * 0
@@ -129,11 +132,12 @@ def tables(transitions, table, back, offsets, spread, flags, first, step):  # ty
                 table[m, i, j] = back[m, i, j] = 0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, power):  # type: ignore[no-untyped-def]
-    """q[t * width + j] = exp(score - the step's first allowed one), start and end folded in, for one row of the batch.
+@njit(cache=True, nogil=True)
+def row_scores(emissions, start, end, n, width, q):  # type: ignore[no-untyped-def]
+    """q[t * width + j] = the scores of one row of the batch, start and end folded in; flags if one is NaN or infinite.
 
-    Returns (what was taken out, flags). The width - k columns behind each step hold 1.
+    The width - k columns behind each step repeat its first score. Returns 0, WIDE (some are -inf) or BROKEN (NaN or
+    +inf).
     """
     k = emissions.shape[1]
     if width == k:
@@ -146,17 +150,26 @@ def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, 
                 q[t * width + j] = emissions[t, j]
             for j in range(k, width):
                 q[t * width + j] = emissions[t, 0]
-    size, last = n * width, (n - 1) * width
+    last = (n - 1) * width
     for j in range(width):
-        q[j] += start[min(j, k - 1)] if j < k else start[0]
-        q[last + j] += end[min(j, k - 1)] if j < k else end[0]
-    finite = _times_zero(q, 0, size) == 0
-    if not finite:
-        _, _, broken = _lowest_allowed(q, 0, size)
-        if broken:
-            return 0.0, BROKEN
-        if not zeros:
-            return 0.0, WIDE
+        q[j] += start[j] if j < k else start[0]
+        q[last + j] += end[j] if j < k else end[0]
+    if times_zero(q, 0, n * width) == 0:
+        return 0
+    return BROKEN if lowest_allowed(q, 0, n * width)[2] else WIDE
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, power):  # type: ignore[no-untyped-def]
+    """q[t * width + j] = exp(score - the step's first allowed one), start and end folded in, for one row of the batch.
+
+    Returns (what was taken out, flags). The width - k columns behind each step hold 1.
+    """
+    k, size = emissions.shape[1], n * width
+    flag = row_scores(emissions, start, end, n, width, q)
+    finite = flag == 0
+    if flag == BROKEN or (flag == WIDE and not zeros):
+        return 0.0, flag
     offset = 0.0
     for at in range(0, size, width):
         first = at
@@ -168,9 +181,9 @@ def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, 
         offset += base
         shift(q, base, at, width)
     if finite:
-        low, high = _extremes(q, 0, size)
+        low, high = extremes(q, 0, size)
     else:
-        low, high, _ = _lowest_allowed(q, 0, size)
+        low, high, _ = lowest_allowed(q, 0, size)
     if not high - low + 2 * spread + math.log(k) <= span:
         return 0.0, WIDE
     if bits.size:
@@ -197,11 +210,12 @@ def forward_backward(  # type: ignore[no-untyped-def]
     """One share of the blocks of four rows.
 
     emissions [B, T, K], start and end [B, K], lengths [B], order [B]: rows of a group by falling length
-    forth and back [G, S, K, P], offsets [G, S], spread [G]: from ``tables``; S is 1 or T - 1; B / G rows in a row share a group
+    forth and back [G, S, K, P], offsets [G, S], spread [G]: from ``tables``; S is 1 or T - 1; B / G rows in a row
+    share a group
     backward: 0 log Z alone; 1 log Z and alpha; 2 everything
     alpha [B, T, P]: filtered probabilities.  marginals [B, T, P].  weights [B, T, P]: such that the pair (i, j)
-        at (t - 1, t) has probability alpha[t - 1, i] forth[i, j] weights[t, j].  All are 0 at padded steps and in flagged rows.
-        Where they are not wanted they are [B, 1, P], [0, 0, P].
+        at (t - 1, t) has probability alpha[t - 1, i] forth[i, j] weights[t, j].  All are 0 at padded steps and in
+        flagged rows. Where they are not wanted they are [B, 1, P], [0, 0, P].
     """
     rows, steps, k = emissions.shape
     groups, times = offsets.shape

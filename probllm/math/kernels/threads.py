@@ -1,7 +1,8 @@
 """How a compiled kernel uses the machine's cores.
 
-Kernels are plain ``nogil`` functions over strided shares of their work, run by a small pool of ordinary threads. numba's
-own parallel layers abort the process on concurrent calls (workqueue) or after a fork (OpenMP); this pool survives
+Kernels are plain ``nogil`` functions over strided shares of their work, run by a small pool of ordinary threads.
+numba's own parallel layers abort the process on concurrent calls (workqueue) or after a fork (OpenMP); this pool
+survives
 both: calls from many threads queue up, and a forked child makes a pool of its own. Nothing spins while it waits.
 """
 

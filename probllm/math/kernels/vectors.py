@@ -1,9 +1,10 @@
-"""Vector code for the inner passes of compiled recursions, emitted as LLVM IR so that no processor runs a scalar remainder loop.
+"""Vector code for the inner passes of compiled recursions, emitted as LLVM IR so that no processor runs a scalar
+remainder loop.
 
-Rows are padded to whole vectors (``padded``). ``product4`` and ``product1`` are register tiles, out[r, :] = x[r, :] @ matrix: the sums
-of four rows by two vectors stay in registers while a column of the tile is walked, as in the inner kernel of a BLAS (Goto and
-van de Geijn 2008). ``ahead`` and ``behind`` are the element-wise passes of a scaled forward-backward step, ``shift`` subtracts.
-LLVM lowers the vectors to whatever the processor has.
+Rows are padded to whole vectors (``padded``). ``product4`` and ``product1`` are register tiles, out[r, :] = x[r, :] @
+matrix: the sums of four rows by two vectors stay in registers while a column of the tile is walked, as in the inner
+kernel of a BLAS (Goto and van de Geijn 2008). ``ahead`` and ``behind`` are the element-wise passes of a scaled
+forward-backward step, ``shift`` subtracts. LLVM lowers the vectors to whatever the processor has.
 """
 
 from __future__ import annotations
@@ -81,6 +82,13 @@ class _Emit:
         function = cgutils.get_or_insert_function(self.builder.module, function_type, name)
         return self.builder.call(function, [self.scalar(0.0), self.builder.load(variable)], fastmath=("reassoc",))
 
+    def highest(self, variable: Any) -> Any:
+        name = f"llvm.vector.reduce.fmax.v{self.lanes}f{self.bytes * 8}"
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(self.scalar, [self.vector]), name
+        )
+        return self.builder.call(function, [self.builder.load(variable)], fastmath=("nnan",))
+
     def vectors(self, width: Any) -> Any:
         return cgutils.for_range_slice(
             self.builder, self.integer(0), width, self.integer(self.lanes), intp=self.integer
@@ -88,7 +96,8 @@ class _Emit:
 
 
 def _tile(lanes: int, vectors: int, rows: int, best: bool = False) -> Any:
-    """(x, matrix, out, k, column): out[:rows, column:column + lanes * vectors] = x[:rows, :k] @ matrix[:k, the same columns].
+    """(x, matrix, out, k, column): out[:rows, column:column + lanes * vectors] = x[:rows, :k] @ matrix[:k, the same
+    columns].
 
     With ``best`` the product is that of (max, +): out[r, j] = max_i x[r, i] + matrix[i, j].
     """
@@ -143,6 +152,45 @@ def _ahead(lanes: int) -> Any:
         return by(y, by, q, here, x, width), generate
 
     return ahead
+
+
+def _climb(lanes: int) -> Any:
+    """(y, by, q, here, x, width): x = y - by + q[here:]; returns the greatest entry."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def climb(typingctx: Any, y: Any, by: Any, q: Any, here: Any, x: Any, width: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            y_data, q_data, x_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4))
+            base, high = emit.spread(arguments[1]), emit.variable(-math.inf)
+            with emit.vectors(arguments[5]) as (v, _):
+                value = builder.fsub(emit.load(y_data, v), base)
+                value = emit.plus(value, emit.load(q_data, builder.add(v, arguments[3])))
+                emit.store(value, x_data, v)
+                emit.raise_to(high, value)
+            return emit.highest(high)
+
+        return by(y, by, q, here, x, width), generate
+
+    return climb
+
+
+def _highest_sum(lanes: int) -> Any:
+    """(x, y, width): the greatest entry of x + y."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def highest_sum(typingctx: Any, x: Any, y: Any, width: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            x_data, y_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 1))
+            high = emit.variable(-math.inf)
+            with emit.vectors(arguments[2]) as (v, _):
+                emit.raise_to(high, emit.plus(emit.load(x_data, v), emit.load(y_data, v)))
+            return emit.highest(high)
+
+        return x.dtype(x, y, width), generate
+
+    return highest_sum
 
 
 def _behind(lanes: int) -> Any:
@@ -247,6 +295,8 @@ _best4, _best8, _best16, _best32 = (
 )  # fmt: skip
 _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), _tile(16, 4, 1)
 _ahead4, _ahead8, _ahead16 = _ahead(4), _ahead(8), _ahead(16)
+_climb4, _climb8, _climb16 = _climb(4), _climb(8), _climb(16)
+_highest4, _highest8, _highest16 = _highest_sum(4), _highest_sum(8), _highest_sum(16)
 _behind4, _behind8, _behind16 = _behind(4), _behind(8), _behind(16)
 _product4, _product8, _product16 = _product(4), _product(8), _product(16)
 _scaled4, _scaled8, _scaled16 = _scaled(4), _scaled(8), _scaled(16)
@@ -314,6 +364,26 @@ def ahead(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     if width == 8:
         return _ahead8(y, by, q, here, x, width)
     return _ahead4(y, by, q, here, x, width)
+
+
+@njit(cache=True, nogil=True)
+def climb(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
+    """x = y - by + q[here:here + width]; returns the greatest entry. No NaN, no +inf."""
+    if width % 16 == 0:
+        return _climb16(y, by, q, here, x, width)
+    if width == 8:
+        return _climb8(y, by, q, here, x, width)
+    return _climb4(y, by, q, here, x, width)
+
+
+@njit(cache=True, nogil=True)
+def highest_sum(x, y, width):  # type: ignore[no-untyped-def]
+    """The greatest entry of x + y. No NaN, no +inf."""
+    if width % 16 == 0:
+        return _highest16(x, y, width)
+    if width == 8:
+        return _highest8(x, y, width)
+    return _highest4(x, y, width)
 
 
 @njit(cache=True, nogil=True)
