@@ -114,7 +114,7 @@ def as_chain(
             kept -= 1
         full = transitions.to(dtype).reshape(*own, *transitions.shape[-3:])
         full = full.expand(*batch_shape[:kept], *own[kept:], *transitions.shape[-3:])
-        table = full.reshape(max(1, math.prod(batch_shape[:kept])), *transitions.shape[-3:])  # no -1: T may be 1
+        table = full.reshape(math.prod(batch_shape[:kept]), *transitions.shape[-3:])
     zero = flat.new_zeros(rows, k) if start is None or end is None else flat
     starts = zero if start is None else start.to(dtype).expand(*batch_shape, k).reshape(rows, k)
     ends = zero if end is None else end.to(dtype).expand(*batch_shape, k).reshape(rows, k)
@@ -211,7 +211,8 @@ class _LogPartition(torch.autograd.Function):
         done = forward_backward(emissions, transitions, start, end, lengths, backward=2 if wanted else 0)
         if wanted:
             box.append(done)
-        return done.log_z
+        # what is returned must not be what the box holds: the graph would hold itself alive
+        return done.log_z.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -35,7 +35,8 @@ class ScaledPart:
         groups, times, k, _ = self.table.shape
         if steps == 1:
             return self.table.new_zeros(groups, times, k, k)
-        one_weight = row_weights.stride() == (0,)
+        # where all rows weigh the same (a sum or a mean of log Z) the weight is taken out of the sum
+        one_weight = bool((row_weights == row_weights[0]).all())
         weights = self.weights if one_weight else self.weights * row_weights.to(self.weights.dtype).view(-1, 1, 1)
         if groups == times == 1:
             # weights[:, 0] is 0, so the step from one row's last position to the next row's first adds nothing

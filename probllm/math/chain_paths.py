@@ -143,6 +143,8 @@ def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None)
             chain.lengths,
             uniforms,
         )
+    if not rows:
+        return uniforms.long()
     done = forward_backward(*chain[:5], backward=1)
     paths = torch.full((n, rows, steps), -1, dtype=torch.long)
     parts = [(part.rows, part.good, part.alpha, part.back, False) for part in done.scaled]
