@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn.utils.rnn import pad_sequence
 
-from probllm.math.masks import mask_from_lengths
 from probllm.models.hmm_laws import Rows, chain
 
 
@@ -92,8 +91,7 @@ def expected_counts(rows: Rows, batches: Iterable[PartlyTagged]) -> tuple[Rows, 
             log_prob.sum().backward()
         if bool((log_prob == -torch.inf).any()):
             raise ValueError("data holds a sequence that the model gives probability 0")
-        real = mask_from_lengths(lengths, symbols.shape[-1])
-        emission.index_add_(0, symbols[real], _gradient(scores)[real])
+        emission.index_add_(0, symbols.flatten(), _gradient(scores).flatten(0, -2))  # 0 at padding
         log_likelihood += log_prob.detach().sum()
     return map_rows(_gradient, steps)._replace(emission=emission.T), log_likelihood
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -17,9 +18,9 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
-from probllm.data.dataset import Dataset
+from probllm.data import Dataset, TaggingVocabulary, read_tagged
 from probllm.distributions import HiddenMarkovModel
-from probllm.models import hmm_estimation
+from probllm.models import hmm_estimation, hmm_tagger
 from probllm.models.hmm_laws import Rows
 from probllm.models.hmm_smoothing import count, smooth, smooth_emissions, witten_bell
 from probllm.models.hmm_tagger import HMMTagger
@@ -271,6 +272,44 @@ def test_with_all_tags_known_the_bayesian_estimate_is_the_exact_posterior(order:
     )
 
 
+def test_tagged_text_weighs_in_the_prior_of_em() -> None:
+    torch.manual_seed(0)
+    data = Dataset(
+        [
+            {"inputs": torch.tensor([0, 1, 2, 1]), "tags": torch.tensor([0, 1, 1, 1])},
+            {"inputs": torch.tensor([2, 0, 1]), "tags": torch.tensor([-1, -1, -1])},
+        ]
+    )
+    model = HMMTagger(2, 3, transition_concentration=0.3, emission_concentration=0.2)
+    sequences = model._sequences(data)
+    known = count(sequences, 2, 3, 2)
+    smoothed = smooth(known)
+    expected, _ = hmm_estimation.expected_counts(smoothed, hmm_estimation.in_batches(sequences, 100))
+    model.estimate(data, iterations=1)
+    weight = hmm_tagger.TAGGED_WEIGHT * known.emission.sum(-1, keepdim=True)
+    rows = expected.emission + 0.2 + weight * smoothed.emission.exp()
+    torch.testing.assert_close(model.rows().emission.exp().double(), rows / rows.sum(-1, keepdim=True))
+
+
+@pytest.mark.corpus
+def test_trigrams_tag_english_web_text(corpora: Path) -> None:
+    folder = corpora / "ud_english_ewt"
+    train, dev = (list(read_tagged(folder / f"{part}.conllu.gz")) for part in ("train", "dev"))
+    vocabulary = TaggingVocabulary.build(train)
+    classes = vocabulary.classes
+    accuracies = []
+    for order in (1, 2):
+        model = HMMTagger(vocabulary.num_tags, len(classes), order=order, parents=classes.parent)
+        model.estimate(vocabulary.dataset(train, ["symbols"]))
+        right = total = 0
+        for batch in vocabulary.dataset(dev, ["symbols"]).batches(batch_size=64):
+            right += int(((model.predict(batch) == batch["tags"]) & batch["mask"]).sum())
+            total += int(batch["mask"].sum())
+        accuracies.append(right / total)
+    assert accuracies[0] > 0.915
+    assert accuracies[1] > accuracies[0] + 0.003
+
+
 def test_em_recovers_a_model_from_its_own_symbols() -> None:
     torch.manual_seed(3)
     true = HMMTagger(2, 3, order=1)
@@ -315,6 +354,27 @@ def test_witten_bell_on_a_hand_worked_row() -> None:
     lower = torch.tensor([0.5, 0.25, 0.25])
     expected = torch.tensor([[4 / 6, 1.5 / 6, 0.5 / 6], [0.5, 0.25, 0.25]])
     torch.testing.assert_close(witten_bell(counts, lower), expected)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_smoothed_transitions_look_forward(order: int) -> None:
+    tags = torch.tensor([0, 1, 2] * 5)
+    rows = smooth(count([(tags, tags)], 3, 3, order))
+    if rows.second is None:
+        assert rows.transition.argmax(-1).tolist() == [1, 2, 0]
+    else:
+        assert rows.second[0].argmax() == 1
+        assert [int(rows.transition[i, (i + 1) % 3].argmax()) for i in range(3)] == [2, 0, 1]
+    assert rows.initial.argmax() == 0
+    assert rows.emission.argmax(-1).tolist() == [0, 1, 2]
+
+
+def test_a_class_counts_the_rare_words_of_the_classes_below_it() -> None:
+    # 0: the root, 1 and 2: its classes, 3: a class of 1 with two rare words 5 and 6; 4: a class of 1 without any
+    counts = torch.tensor([[0.0, 0, 0, 0, 0, 4, 4, 0], [0, 0, 0, 0, 0, 0, 0, 30]])
+    emission = smooth_emissions(counts, parents=[0, 0, 0, 1, 1, 3, 3, 2])
+    given_tags = emission / emission.sum(0)
+    assert given_tags[1, 2] > 3 * given_tags[1, 4]
 
 
 def test_an_unseen_class_takes_the_tags_of_the_rare_words_below_it() -> None:
