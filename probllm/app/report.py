@@ -50,6 +50,7 @@ tbody th small { white-space: normal; min-width: 11rem; }
 .best { color: var(--best); font-weight: 700; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem;
   align-items: start; }
+.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; padding: .8rem; }
 figure.wide { grid-column: 1 / -1; }
 figure svg { display: block; height: auto; margin: auto; }
@@ -164,8 +165,9 @@ def _section(outcome: Outcome) -> str:
         parts.append(f"<h3>Differences on the same sentences</h3>\n<ul>{items}</ul>")
     parts += [f"<p class='soft'>{escape(note)}</p>" for note in outcome.notes]
     for group in dict.fromkeys(picture.group for picture in outcome.pictures):
-        pictures = "\n".join(_picture(picture) for picture in outcome.pictures if picture.group == group)
-        parts.append(f"<h3>{escape(group)}</h3>\n<div class='pictures'>\n{pictures}\n</div>")
+        pictures = [_picture(picture) for picture in outcome.pictures if picture.group == group]
+        style = "pictures three" if len(pictures) == 3 else "pictures"
+        parts.append(f'<h3>{escape(group)}</h3>\n<div class="{style}">\n{"".join(pictures)}\n</div>')
     return "\n".join([*parts, "</section>"])
 
 
@@ -204,7 +206,7 @@ def _sentence(outcome: Outcome, contrast: Contrast) -> str:
     measure = next(m for m in outcome.measures if m.name == contrast.measure)
     difference = contrast.difference
     scale, unit = (100, " points") if measure.percent else (1, "")
-    value, low, high = (f"{scale * x:+.{measure.digits}f}" for x in difference[:3])
+    value, low, high = (f"{scale * x:+.{measure.digits}f}".replace("-", "−") for x in difference[:3])
     verdict = "the interval holds zero" if difference.holds_zero else f"p = {difference.p:.2g}"
     return f"{contrast.first} − {contrast.second}, {measure.name}: {value}{unit} ({low} to {high}; {verdict})"
 

@@ -59,19 +59,19 @@ class Candidate(NamedTuple):
 
 def recurrent(setting: Setting) -> Encoder:
     """A BiLSTM."""
-    return RecurrentEncoder(words(setting), hidden=64 if setting.small else 128, dropout=0.3)
+    return RecurrentEncoder(words(setting), hidden=64 if setting.small else 128, dropout=0.4)
 
 
 def transformer(setting: Setting) -> Encoder:
     """A Transformer of two layers."""
-    return TransformerEncoder(words(setting), dim=96 if setting.small else 192, layers=2, heads=4, dropout=0.2)
+    return TransformerEncoder(words(setting), dim=96 if setting.small else 128, layers=2, heads=4, dropout=0.2)
 
 
 def words(setting: Setting) -> Encoder:
     """The words as all neural taggers read them, before the network."""
     word = WordEmbedding(len(setting.vocabulary.words), 48 if setting.small else 100, word_dropout=0.15)
     characters = CharacterCNN(len(setting.vocabulary.characters), 32, filters=32 if setting.small else 64)
-    return WordRepresentation([word, characters], dropout=0.3)
+    return WordRepresentation([word, characters], dropout=0.1)
 
 
 def features(setting: Setting) -> Encoder:
@@ -99,14 +99,18 @@ def counted(small: bool) -> dict[str, Any]:
 
 
 def linear(small: bool) -> dict[str, Any]:
-    return {"epochs": 6 if small else 4, "learning_rate": 0.015, "batch_size": 32 if small else 64}
+    return {"epochs": 4, "batch_size": 32 if small else 64, "learning_rate": 0.015, "weight_decay": 0.1, "clip": None}
 
 
-def neural(small: bool) -> dict[str, Any]:
-    return {"epochs": 8, "learning_rate": 3e-3, "batch_size": 32}
+def for_recurrent(small: bool) -> dict[str, Any]:
+    return {"epochs": 8, "batch_size": 32, "learning_rate": 3e-3, "weight_decay": 0.05}
 
 
-NEURAL = "of words, characters; plus features"
+def for_transformer(small: bool) -> dict[str, Any]:
+    return {"epochs": 10, "batch_size": 32, "learning_rate": 2e-3 if small else 1e-3, "weight_decay": 0.05}
+
+
+NEURAL = "on words and characters, plus features"
 _ALL = (
     Candidate("hmm", "HMM", "second order, counted, suffixes", "symbols", "HMM", ("symbols",), hmm, counted),
     Candidate(
@@ -122,9 +126,9 @@ _ALL = (
     ),
     Candidate("feature-crf", "feature CRF", "hashed features", "none", "CRF", ("features",), crf(None), linear),
     Candidate(
-        "bilstm-softmax", "BiLSTM softmax", NEURAL, "BiLSTM", "softmax", WORDS, softmax(recurrent), neural, False
+        "bilstm-softmax", "BiLSTM softmax", NEURAL, "BiLSTM", "softmax", WORDS, softmax(recurrent), for_recurrent, False
     ),
-    Candidate("bilstm-crf", "BiLSTM-CRF", NEURAL, "BiLSTM", "CRF", WORDS, crf(recurrent), neural),
+    Candidate("bilstm-crf", "BiLSTM-CRF", NEURAL, "BiLSTM", "CRF", WORDS, crf(recurrent), for_recurrent),
     Candidate(
         "transformer-softmax",
         "Transformer softmax",
@@ -133,8 +137,10 @@ _ALL = (
         "softmax",
         WORDS,
         softmax(transformer),
-        neural,
+        for_transformer,
     ),
-    Candidate("transformer-crf", "Transformer-CRF", NEURAL, "Transformer", "CRF", WORDS, crf(transformer), neural),
+    Candidate(
+        "transformer-crf", "Transformer-CRF", NEURAL, "Transformer", "CRF", WORDS, crf(transformer), for_transformer
+    ),
 )
 CANDIDATES = {candidate.key: candidate for candidate in _ALL}

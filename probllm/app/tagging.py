@@ -22,12 +22,13 @@ from torch import Tensor
 
 from probllm.app.comparison import Contrast, InputError, Measure, Outcome, Picture, Row, Settings, Value
 from probllm.app.taggers import CANDIDATES, Candidate, Setting
-from probllm.app.verdict import Verdict, judge
+from probllm.app.verdict import Verdict, judge, tag
 from probllm.data import Dataset, Split, TaggedSentence, TaggingVocabulary, read_tagged, stress_tagging
 from probllm.data.bio import bio_rules, spans_from_tags
 from probllm.evaluation import (
     bootstrap,
     confusion_matrix,
+    correct_tokens,
     paired_bootstrap,
     plot_confusion,
     plot_learning,
@@ -36,9 +37,10 @@ from probllm.evaluation import (
     reliability_curve,
     span_counts,
 )
+from probllm.evaluation.plots import LINES
 from probllm.training import Run, fit
 
-SMALL_SIZES = (6000, 1000, 2000)  # pronunciations to train on, to stop by and to test on: a few minutes in all
+SMALL_SIZES = (8000, 1000, 2000)  # pronunciations to train on, to stop by and to test on: a few minutes in all
 EXAMPLES = 3  # sentences that are drawn
 
 MEASURES = [
@@ -152,7 +154,7 @@ def read_task(settings: Settings) -> Task:
         origin = f"{settings.train}"
         sentences = Split(*(read_file(path, settings.column) for path in files.values() if path is not None))
     tags = {tag for part in sentences for sentence in part for tag in sentence.tags}
-    vocabulary = TaggingVocabulary.build(sentences.train, tags=tags, bits=15 if settings.small else 18)
+    vocabulary = TaggingVocabulary.build(sentences.train, tags=tags, min_count=1, bits=15 if settings.small else 18)
     data = (vocabulary.dataset(sentences.train), vocabulary.dataset(sentences.dev), vocabulary.dataset(sentences.test))
     sizes = ", ".join(
         f"{len(part):,} {purpose} ({sum(len(sentence.words) for sentence in part):,} tokens)"
@@ -193,24 +195,55 @@ def train(
     candidate: Candidate, task: Task, settings: Settings, seeds: int, folder: Path, say: Callable[[str], None]
 ) -> Trained:
     """Train a candidate once a seed and judge each; a run that was interrupted goes on from its checkpoint."""
+    score = score_of(task)
     learn, stop, test = (narrow(part, candidate.fields) for part in task.data)
     trained = Trained(candidate, [], [])
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
         model: Any = candidate.build(Setting(task.vocabulary, task.rules, settings.small))
         options = candidate.options(settings.small) | ({"epochs": settings.epochs} if settings.epochs else {})
-        checkpoints = folder / candidate.key / f"seed-{seed}"
         record = fit(
-            model, learn, stop, folder=checkpoints, resume=True, seed=seed, progress=settings.progress, **options
+            model,
+            learn,
+            stop,
+            metric=score,
+            folder=folder / candidate.key / f"seed-{seed}",
+            resume=True,
+            seed=seed,
+            progress=settings.progress,
+            **options,
         )
         model.eval()
-        verdict = judge(model, test, task.gold, device=next(model.parameters()).device)
+        verdict = judge(model, test, task.gold, device=device_of(model))
         trained.runs.append(record)
         trained.verdicts.append(verdict)
         accuracy = verdict.correct.sum() / verdict.tokens.sum()
         which = f" (seed {seed})" if seeds > 1 else ""
         say(f"{candidate.name}{which}: accuracy {accuracy:.2%} after {record.seconds:.1f} s of training")
     return trained
+
+
+def score_of(task: Task) -> Callable[[Any, Any], float]:
+    """What the best epoch is chosen by: span F1 where the tags mark spans, else accuracy."""
+    gold = [example["tags"].numpy() for example in task.data[1]]  # type: ignore[union-attr]
+    gold_spans = [spans(task, tags) for tags in gold] if task.is_bio else []
+
+    def accuracy(model: Any, data: Dataset) -> float:
+        correct, tokens = correct_tokens(tag(model, data, device=device_of(model)), gold)
+        return float(correct.sum() / tokens.sum())
+
+    def span_f1(model: Any, data: Dataset) -> float:
+        found = [spans(task, tags) for tags in tag(model, data, device=device_of(model))]
+        right, predicted, true = span_counts(found, gold_spans)
+        return float(2 * right.sum() / max(1, predicted.sum() + true.sum()))
+
+    return span_f1 if task.is_bio else accuracy
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's weights are."""
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def narrow(data: Dataset, fields: Sequence[str]) -> Dataset:
@@ -293,6 +326,7 @@ def pictures(task: Task, trained: list[Trained]) -> list[Picture]:
     gold = np.concatenate(task.gold)
     curves = {t.candidate.name: reliability_curve(np.concatenate(t.verdicts[0].marginals), gold) for t in trained}
     learning = {t.candidate.name: learning_curve(t.runs[0]) for t in trained}
+    colors = dict(zip(curves, LINES, strict=False))
     drawn = [
         Picture(
             f"Confusions of {best.candidate.name}",
@@ -304,12 +338,16 @@ def pictures(task: Task, trained: list[Trained]) -> list[Picture]:
             "Reliability",
             "How often tags are right that are given with a certain posterior probability. Above the diagonal a model "
             "is too modest, below it too sure. A dot's area is its share of the tokens.",
-            plot_reliability(curves),
+            plot_reliability(curves, colors=colors),
         ),
         Picture(
             "Learning",
             "Minus the log probability of the right tag sequence on the sentences to stop by, epoch by epoch.",
-            plot_learning({name: curve for name, curve in learning.items() if len(curve[0]) > 1}, y="nats a sentence"),
+            plot_learning(
+                {name: curve for name, curve in learning.items() if len(curve[0]) > 1},
+                y="nats a sentence",
+                colors=colors,
+            ),
         ),
     ]
     return drawn + example_pictures(task, trained)
@@ -345,5 +383,5 @@ def example_pictures(task: Task, trained: list[Trained]) -> list[Picture]:
             )
             caption = "Frames: the right tags. Dots: the chosen ones, red where wrong. Shade: posterior probability."
             title = f"{each.candidate.name} on “{' '.join(words)}”"
-            drawn.append(Picture(title, caption, figure, group="Sentences and their posterior marginals"))
+            drawn.append(Picture(title, caption, figure, group="Sentences that the models disagree on"))
     return drawn

@@ -51,7 +51,9 @@ def plot_confusion(matrix: npt.ArrayLike, labels: Sequence[str], *, title: str =
     return figure
 
 
-def plot_reliability(curves: Mapping[str, ReliabilityCurve], *, title: str = "") -> "Figure":
+def plot_reliability(
+    curves: Mapping[str, ReliabilityCurve], *, title: str = "", colors: Mapping[str, str] | None = None
+) -> "Figure":
     """Reliability diagram: accuracy against confidence, one line a model; on the diagonal, confidence is deserved.
 
     A marker's area grows with the share of predictions in its bin; bins without a prediction are left out.
@@ -59,10 +61,12 @@ def plot_reliability(curves: Mapping[str, ReliabilityCurve], *, title: str = "")
     Args:
         curves: :func:`~probllm.evaluation.reliability_curve` of each model, by name.
         title: written above.
+        colors: of the models by name; without, in the order of ``LINES``.
     """
     figure, axes = _figure(5.2, 4.4)
     axes.plot([0, 1], [0, 1], linestyle=":", linewidth=1, color="gray")
-    for (name, curve), color in zip(curves.items(), _colors(), strict=False):
+    for number, (name, curve) in enumerate(curves.items()):
+        color = _color(name, number, colors)
         used = curve.counts > 0
         x, y = curve.confidence[used], curve.accuracy[used]
         axes.plot(x, y, linewidth=1.3, color=color, label=name, alpha=0.9)
@@ -73,7 +77,12 @@ def plot_reliability(curves: Mapping[str, ReliabilityCurve], *, title: str = "")
 
 
 def plot_learning(
-    curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], *, x: str = "epoch", y: str = "loss", title: str = ""
+    curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]],
+    *,
+    x: str = "epoch",
+    y: str = "loss",
+    title: str = "",
+    colors: Mapping[str, str] | None = None,
 ) -> "Figure":
     """Learning curves, one line a model.
 
@@ -82,9 +91,11 @@ def plot_learning(
         x: what the steps count, for the axis.
         y: what the values measure, for the axis.
         title: written above.
+        colors: of the models by name; without, in the order of ``LINES``.
     """
     figure, axes = _figure(5.2, 4.4)
-    for (name, (steps, values)), color in zip(curves.items(), _colors(), strict=False):
+    for number, (name, (steps, values)) in enumerate(curves.items()):
+        color = _color(name, number, colors)
         marker = "o" if np.size(steps) < 40 else None
         axes.plot(
             np.asarray(steps), np.asarray(values), color=color, marker=marker, markersize=3, linewidth=1.3, label=name
@@ -185,8 +196,8 @@ def _legend(axes: Any) -> None:
     axes.grid(alpha=0.2)
 
 
-def _colors() -> list[str]:
-    return list(LINES) * 4
+def _color(name: str, number: int, colors: Mapping[str, str] | None) -> str:
+    return (colors or {}).get(name, LINES[number % len(LINES)])
 
 
 def _short(count: int) -> str:

@@ -119,6 +119,6 @@ def test_terminal_table_shows_every_value_and_difference(outcome, width):
         assert expected in shown
     assert ("94.00–96.00" if width == 140 else "±1.00") in shown
     assert "CRF − HMM, accuracy: +5.00 points (+3.00 to +7.00; p = 0.001)" in shown
-    assert "CRF − HMM, NLL: -0.100 (-0.300 to +0.100; the interval holds zero)" in shown
+    assert "CRF − HMM, NLL: −0.100 (−0.300 to +0.100; the interval holds zero)" in shown
     assert "A note." in shown
     assert "…" not in shown
