@@ -92,7 +92,7 @@ class LinearChainCRF(StructuredDistribution):
         # one group a row, so that expected transitions come row by row
         chain = self._chain
         rows, groups = chain.emissions.shape[0], chain.transitions.shape[0]
-        if rows and groups != rows:
+        if groups != rows:
             table = (
                 chain.transitions.repeat_interleave(rows // groups, 0)
                 if groups > 1

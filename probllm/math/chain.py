@@ -175,6 +175,9 @@ def chain_log_partition(chain: Chain) -> Tensor:
     """``log_partition`` of scores already in shape: ``[B]`` float64, so that log probabilities are rounded last."""
     if chain.emissions.device.type != "cpu":
         return chain_torch.log_partition(*chain[:5]).double()
+    if not chain.emissions.shape[0]:  # an empty batch: nothing, with gradients
+        nothing = chain.emissions.sum((-1, -2)) + (chain.start + chain.end).sum(-1) + chain.transitions.sum()
+        return nothing.double()
     result: Tensor = _LogPartition.apply(*chain[:5], [])  # type: ignore[no-untyped-call]
     return result
 
@@ -185,6 +188,8 @@ def chain_expectations(chain: Chain, weights: Tensor | None = None) -> tuple[Ten
     Returns:
         Tags ``[B, T, K]``, and transitions ``[G, S, K, K]`` summed over the rows of a group (over the steps if S = 1).
     """
+    if not chain.emissions.shape[0]:
+        return chain.emissions * 1.0, torch.zeros_like(chain.transitions)
     if weights is None:
         weights = chain.emissions.new_ones(chain.emissions.shape[0])
     if chain.emissions.device.type != "cpu":
