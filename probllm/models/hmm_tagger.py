@@ -104,18 +104,18 @@ class HMMTagger(Model):
         tags: Tensor
         symbols, tags, lengths = self._read(batch)
         rows = self._sites(self._prior()) if self.bayesian else self.rows()
-        allowed = allowed_scores(tags, self.num_tags)
         real = mask_from_lengths(lengths, tags.shape[-1])
+        some, every = bool((tags >= 0)[real].any()), bool((tags >= 0)[real].all())
+        unknown = torch.full_like(tags, -1) if every else tags  # known tags rule others out, unless they are the sample
+        law = SymbolsOfChain(rows, allowed_scores(unknown, self.num_tags), lengths)
         with self.plate(batch):
-            if symbols is not None and bool((tags < 0)[real].any()):
-                law = SymbolsOfChain(rows, allowed, lengths)
-                if bool((tags >= 0)[real].any()):
-                    pyro.factor("known_tags", law.tags.log_partition)
+            if some and not every:
+                pyro.factor("known_tags", law.tags.log_partition)
+            if symbols is not None and not every:
                 pyro.sample("symbols", law, obs=symbols)
                 tags = pyro.sample("tags", law.posterior(symbols).mask(False))
                 return tags
-            observed = tags if bool((tags >= 0)[real].all()) else None
-            tags = pyro.sample("tags", chain(rows, torch.zeros_like(allowed), lengths), obs=observed)
+            tags = pyro.sample("tags", law.tags, obs=tags if every else None)
             pyro.sample("symbols", SymbolsOfTags(rows.emission, tags, real), obs=symbols)
             return tags
 
@@ -218,14 +218,14 @@ class HMMTagger(Model):
         known = torch.cat([tags for _, tags in sequences]) >= 0
         some, every = bool(known.any()), bool(known.all())
         batches = in_batches(sequences, STEP_TOKENS)
-        prior = self._prior(torch.float64)
+        prior = self._prior(dtype=torch.float64, device="cpu")
         if every and self.bayesian:
             self._set(map_rows(lambda n, c: (n + c).log(), counts, prior))
             loss = -float(log_evidence(counts, prior)) / len(data)
             return [{"loss": loss, "penalised_loss": loss}]
         smoothed = smooth(counts, self.parents)
         if self.bayesian:
-            random = map_rows(lambda table: table.double().exp(), self._tables())
+            random = map_rows(lambda table: table.double().cpu().exp(), self._tables())
             start = map_rows(torch.add, counts, prior) if some else random
             posterior, history = variational_bayes(start, prior, batches, iterations, tolerance)
             self._set(map_rows(torch.log, posterior))
@@ -234,7 +234,7 @@ class HMMTagger(Model):
             log_likelihood = float(total(map_rows(torch.mul, counts, smoothed)))
             return [{"loss": -log_likelihood / len(data)}]
         else:
-            start = smoothed if some else map_rows(torch.Tensor.double, self.rows())
+            start = smoothed if some else map_rows(lambda table: table.double().cpu(), self.rows())
             if some:
                 prior = map_rows(torch.add, prior, weighted(counts, smoothed, TAGGED_WEIGHT))
             rows, history = maximise_expectation(start, prior, batches, iterations, tolerance)
@@ -253,12 +253,10 @@ class HMMTagger(Model):
     def _tables(self) -> Rows:
         return Rows(self.initial, self.second, self.transition, self.emission)
 
-    def _prior(self, dtype: torch.dtype | None = None) -> Rows:
+    def _prior(self, **options: Any) -> Rows:
         """The concentrations of the priors."""
-        steps = map_rows(
-            lambda table: torch.full_like(table, self.transition_concentration, dtype=dtype), self._tables()
-        )
-        return steps._replace(emission=torch.full_like(self.emission, self.emission_concentration, dtype=dtype))
+        steps = map_rows(lambda table: torch.full_like(table, self.transition_concentration, **options), self._tables())
+        return steps._replace(emission=torch.full_like(self.emission, self.emission_concentration, **options))
 
     def _set(self, rows: Rows) -> None:
         map_rows(lambda parameter, table: parameter.data.copy_(table), self._tables(), rows)
@@ -295,7 +293,7 @@ class HMMTagger(Model):
                 raise ValueError(
                     f"data[{index}]: inputs {list(symbols.shape)} and tags {list(tags.shape)} differ in shape"
                 )
-            sequences.append((symbols[real], tags[real]))
+            sequences.append((symbols[real].cpu(), tags[real].cpu()))
         for name, ids, low, high in (("symbols", 0, 0, self.num_symbols), ("tags", 1, -1, self.num_tags)):
             flat = torch.cat([sequence[ids] for sequence in sequences])
             check_ids(name, flat, low, high, torch.ones_like(flat, dtype=torch.bool))

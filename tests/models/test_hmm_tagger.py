@@ -417,6 +417,15 @@ def test_without_symbols_both_are_drawn_from_the_story() -> None:
     assert abs(hits.float().mean() - probability.item()) < 5 * (probability.item() / 5000) ** 0.5
 
 
+def test_without_symbols_the_known_tags_are_kept() -> None:
+    model, known = HMMTagger(2, 3), torch.tensor([[0, -1, 1]])
+    trace = poutine.trace(model).get_trace({"tags": known})
+    tags, symbols = trace.nodes["tags"]["value"], trace.nodes["symbols"]["value"]
+    assert tags[0, 0] == 0
+    assert tags[0, 2] == 1
+    torch.testing.assert_close(trace.log_prob_sum(), model.log_prob({"inputs": symbols, "tags": tags}).sum())
+
+
 @pytest.mark.parametrize("without_tags", [False, True])
 def test_bayesian_loss_estimates_the_bound_of_the_trace(without_tags: bool) -> None:
     model = HMMTagger(2, 3, bayesian=True, transition_concentration=1.0, emission_concentration=1.0).double()
