@@ -79,8 +79,7 @@ def as_chain(
     shapes = [emissions.shape[:-2], () if shared else transitions.shape[:-3]]
     shapes += [score.shape[:-1] for score in (start, end) if score is not None]
     if lengths is not None:
-        if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.is_complex():
-            raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+        check_lengths(lengths, steps)
         shapes.append(lengths.shape)
     if all(not shape or shape == shapes[0] for shape in shapes[1:]):
         batch_shape = shapes[0]
@@ -122,13 +121,21 @@ def as_chain(
         flat_lengths = torch.full((rows,), steps, dtype=torch.long, device=emissions.device)
     else:
         flat_lengths = lengths.to(emissions.device, torch.long).expand(batch_shape).reshape(rows)
-        if not is_wrapped(flat_lengths) and rows:
-            low, high = flat_lengths.aminmax()
-            if int(low) < 1 or int(high) > steps:
-                raise ValueError(
-                    f"lengths: expected values from 1 to {steps}, got values from {int(low)} to {int(high)}"
-                )
     return Chain(flat, table, starts, ends, flat_lengths, torch.Size(batch_shape))
+
+
+def check_lengths(lengths: Tensor, greatest: int | None) -> None:
+    """Raises for lengths that are not integers or not from 1 to ``greatest`` (None: no bound)."""
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.is_complex():
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if is_wrapped(lengths) or not lengths.numel():
+        return
+    low, high = (int(x) for x in lengths.aminmax())
+    if low < 1 or (greatest is not None and high > greatest):
+        raise ValueError(
+            f"lengths: expected values from 1 to {'T' if greatest is None else greatest}, "
+            f"got values from {low} to {high}"
+        )
 
 
 def is_wrapped(x: Tensor) -> bool:

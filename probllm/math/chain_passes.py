@@ -23,6 +23,7 @@ class ScaledPart:
     """Rows done in probability space: P(x_{t-1} = i, x_t = j) = alpha[t - 1, i] table[i, j] weights[t, j]."""
 
     rows: Tensor | None  # [N] of the batch, None for all
+    lengths: np.ndarray  # [N]
     alpha: Tensor  # [N, T, P], padded with 0 from K to whole vectors
     weights: Tensor  # [N, T, P]
     table: Tensor  # [G, S, K, P]
@@ -35,24 +36,18 @@ class ScaledPart:
         groups, times, k, _ = self.table.shape
         if steps == 1:
             return self.table.new_zeros(groups, times, k, k)
-        # where all rows weigh the same (a sum or a mean of log Z) the weight is taken out of the sum
-        one_weight = bool((row_weights == row_weights[0]).all())
-        weights = self.weights if one_weight else self.weights * row_weights.to(self.weights.dtype).view(-1, 1, 1)
-        if groups == times == 1:
-            # weights[:, 0] is 0, so the step from one row's last position to the next row's first adds nothing
-            sums = torch.mm(self.alpha.view(-1, width)[:-1].t(), weights.view(-1, width)[1:]).view(1, 1, width, width)
-        elif times == 1:
-            sums = torch.bmm(
-                self.alpha.view(groups, -1, width)[:, :-1].mT, weights.view(groups, -1, width)[:, 1:]
-            ).unsqueeze(1)
-        else:
-            before = self.alpha.view(groups, n // groups, steps, width)[:, :, :-1].permute(0, 2, 3, 1)
-            after = weights.view(groups, n // groups, steps, width)[:, :, 1:].permute(0, 2, 1, 3)
-            sums = torch.matmul(before, after)
-        if width != k:
-            sums = sums[..., :k, :k]
-        table = self.table[..., :k]
-        return sums * (table * row_weights[0].to(table.dtype) if one_weight else table)
+        if times > 1:
+            after = self.weights[:, 1:] * row_weights.to(self.weights.dtype).view(-1, 1, 1)
+            before = self.alpha[:, :-1].reshape(groups, n // groups, steps - 1, width).permute(0, 2, 3, 1)
+            sums = torch.matmul(before, after.view(groups, n // groups, steps - 1, width).permute(0, 2, 1, 3))
+            return sums[..., :k, :k] * self.table[..., :k]
+        counts = np.zeros((torch.get_num_threads() if groups == 1 else groups, width, width), self.alpha.numpy().dtype)
+        by = row_weights.to(self.weights.dtype).contiguous().numpy()
+        arguments = (self.alpha.numpy(), self.weights.numpy(), by, self.lengths, self.table.numpy(), counts)
+        run_shares(chain_scaled.expected_pairs, arguments, n if groups == 1 else groups, 0.025 * n * steps * k * k)
+        if groups == 1:
+            return torch.from_numpy(counts.sum(0)[:k, :k] * self.table.numpy()[0, 0, :, :k]).view(1, 1, k, k)
+        return torch.from_numpy(counts[:, None, :k, :k])
 
 
 @dataclass
@@ -75,10 +70,20 @@ class Pass:
     scaled: list[ScaledPart]
     log: LogPart | None
     dtype: torch.dtype
+    dense: np.ndarray | None = (
+        None  # [B, T, P]: the marginals as the one scaled pass left them, where no other was needed
+    )
 
     def tags(self, row_weights: Tensor) -> Tensor:
         """Expected tags of each row times its weight, ``[B, T, K]``."""
-        return self.marginals * row_weights.view(-1, 1, 1)
+        rows, steps, k = self.marginals.shape
+        if self.dense is None:
+            return self.marginals * row_weights.view(-1, 1, 1)
+        # torch would wake its threads for this small product, which costs more than the product
+        tags: np.ndarray = np.empty((rows, steps, k), self.dense.dtype)
+        by = row_weights.contiguous().numpy()
+        run_shares(chain_scaled.weighted, (self.dense, by, tags), rows, 0.15 * rows * steps * k)
+        return torch.from_numpy(tags)
 
     def pairs(self, row_weights: Tensor) -> Tensor:
         """Expected transitions times the rows' weights, ``[G, S, K, K]``: summed over the rows of a group."""
@@ -135,7 +140,9 @@ def forward_backward(
         part, log_z, marginals, flags = _scaled(its, tables, zeros, dtype, backward)
         flagged = flags.any()
         if left is None and not flagged:
-            done.log_z, done.marginals = torch.from_numpy(log_z), marginals.to(emissions.dtype)
+            done.log_z, done.marginals = torch.from_numpy(log_z), marginals[..., :k].to(emissions.dtype)
+            if marginals.dtype == emissions.dtype and backward == 2:
+                done.dense = marginals.numpy()
             done.scaled.append(part)
             return done
         if (flags & chain_scaled.BROKEN).any():
@@ -152,7 +159,7 @@ def forward_backward(
         if good.any():
             done.log_z[index[good]] = torch.from_numpy(log_z[good])
             if backward == 2:
-                done.marginals[index[good]] = marginals[torch.from_numpy(good)].to(emissions.dtype)
+                done.marginals[index[good]] = marginals[torch.from_numpy(good), :, :k].to(emissions.dtype)
             if backward:
                 part.rows = None if left is None else torch.from_numpy(left)
                 part.good = torch.from_numpy(good)  # flagged rows hold zeros
@@ -179,7 +186,7 @@ def _tables(transitions: np.ndarray, dtype: type) -> tuple[list[np.ndarray], boo
     flags = np.zeros(n, np.int64)
     if n:
         arguments = (transitions.reshape(n, k, k), both[0], both[1], numbers[0], numbers[1], flags)
-        run_shares(chain_scaled.tables, arguments, n, 10.0 * n * k * k)
+        run_shares(chain_scaled.tables, arguments, n, 2.0 * n * k * k)
     seen = flags[0] if n == 1 else np.bitwise_or.reduce(flags)
     if seen & chain_scaled.BROKEN:
         raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
@@ -197,17 +204,21 @@ def _scaled(
     order = np.argsort(-lengths.reshape(groups, -1), axis=1, kind="stable")
     if groups > 1:
         order += np.arange(0, rows, rows // groups)[:, None]
-    alpha: np.ndarray = np.empty((rows, steps if backward else 1, width), dtype)
-    weights: np.ndarray = np.empty((rows, steps if backward == 2 else 0, width), dtype)
-    marginals: np.ndarray = np.empty((rows, steps if backward == 2 else 0, width), dtype)
+    if backward == 2:
+        # one block: where it is large, numpy asks for huge pages, and thousands of page faults fall away
+        block: np.ndarray = np.empty((3, rows, steps, width), dtype)
+        alpha, weights, marginals = block
+    else:
+        alpha, weights, marginals = (np.empty((rows, n, width), dtype) for n in (steps if backward else 1, 0, 0))
     log_z, flags = np.empty(rows), np.empty(rows, np.int64)
     span = chain_scaled.SPAN64 if zeros else chain_scaled.SPAN32
     arguments = (*scores, *tables, order.reshape(-1), zeros, span, backward, alpha, weights, marginals, log_z, flags)
     pieces = groups * ((rows // groups + 3) // 4)
-    run_shares(chain_scaled.forward_backward, arguments, pieces, rows * steps * k * (k + 32.0) * (1 + (backward == 2)))
-    found = torch.from_numpy(marginals)
-    part = ScaledPart(None, torch.from_numpy(alpha), torch.from_numpy(weights), *map(torch.from_numpy, tables[:2]))
-    return part, log_z, found if width == k else found[..., :k], flags
+    run_shares(
+        chain_scaled.forward_backward, arguments, pieces, 0.025 * rows * steps * k * (k + 32) * (1 + (backward == 2))
+    )
+    part = ScaledPart(None, lengths, *(torch.from_numpy(x) for x in (alpha, weights, tables[0], tables[1])))
+    return part, log_z, torch.from_numpy(marginals), flags
 
 
 def _log(scores: list[np.ndarray], transitions: np.ndarray, which: np.ndarray, backward: int, done: Pass) -> None:
@@ -234,5 +245,5 @@ def _nothing(done: Pass, transitions: Tensor) -> Pass:
     """The pass over an empty batch."""
     groups, _, k, _ = transitions.shape
     empty = transitions.new_zeros(groups, 0, k) if groups else transitions.new_zeros(0, 0, k)
-    done.scaled.append(ScaledPart(None, empty, empty, transitions, transitions))
+    done.scaled.append(ScaledPart(None, np.zeros(0, np.int64), empty, empty, transitions, transitions))
     return done

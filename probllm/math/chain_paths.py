@@ -63,7 +63,7 @@ def best_paths(chain: Chain) -> Tensor:
         back = table.copy()
         table[..., :k], back[..., :k] = transitions, transitions.swapaxes(-1, -2)
         arguments = (emissions, start, end, lengths, table, back, blocks.reshape(-1), paths, flags)
-        run_shares(kernels.best, arguments, blocks.size // 4, 1.0 * rows * steps * k * (k + 32))
+        run_shares(kernels.best, arguments, blocks.size // 4, 0.045 * rows * steps * k * (k + 32))
         if (flags & BROKEN).any():
             raise ValueError(
                 f"emissions, start or end: a score of row {np.flatnonzero(flags & BROKEN)[0]} of the batch is "
@@ -161,7 +161,7 @@ def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None)
         chosen = torch.ones(lengths.shape[0], dtype=torch.bool) if good is None else good
         given = (x.detach().contiguous().numpy() for x in (alpha, back, lengths, chosen, numbers))
         arguments = (*given, here.numpy(), logarithms)
-        run_shares(kernels.sample, arguments, lengths.shape[0], 4.0 * n * rows * steps * k)
+        run_shares(kernels.sample, arguments, lengths.shape[0], 4.5 * n * rows * steps * k)
         if which is not None:
             paths[:, which[chosen]] = here[:, chosen]
     return paths

@@ -104,7 +104,7 @@ def _counts_of_table(symbols: Tensor, scores: list[Tensor], lengths: Tensor) -> 
         wide(first_table)[0], wide(forth), wide(forth.t()), wide(table), float(offsets[0]), symbol_offsets.numpy(),
         dtype == torch.float64, log_z, flags, *sums,
     )  # fmt: skip
-    run_shares(categorical_hmm.count, arguments, (rows + 3) // 4, 3.0 * rows * steps * k * (k + 32.0))
+    run_shares(categorical_hmm.count, arguments, (rows + 3) // 4, 0.09 * rows * steps * k * (k + 32))
     bad = torch.from_numpy(np.flatnonzero(flags))
     if (flags == categorical_hmm.SPOILED).any():
         bad = bad[:0]

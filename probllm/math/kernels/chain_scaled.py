@@ -27,7 +27,7 @@ import math
 import numpy as np
 from numba import njit
 
-from probllm.math.kernels.vectors import ahead, behind, multiply, product1, product4, scale, shift
+from probllm.math.kernels.vectors import add_outer, ahead, behind, multiply, product1, product4, scale, shift
 
 WIDE, TINY, BROKEN = 1, 2, 4
 # nats that one step may span in float32, and in float64 with zeros; below TINIEST a state is close to underflow
@@ -308,3 +308,44 @@ def forward_backward(  # type: ignore[no-untyped-def]
                     weights[b, 0] = 0
                     weights[b, n:] = 0
                     marginals[b, n:] = 0
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def expected_pairs(alpha, weights, row_weights, lengths, table, sums, first, step):  # type: ignore[no-untyped-def]
+    """sums += expected transitions, each row times its weight; one share of the groups, or of the rows of a single
+    group.
+
+    alpha and weights [N, T, P] from ``forward_backward``; table [G, 1, K, P]; sums [G, P, P], or [shares, P, P] where
+    G is 1
+    """
+    rows, steps, width = alpha.shape
+    groups, k = table.shape[0], table.shape[2]
+    in_group = rows // groups
+    x, m = alpha.reshape(alpha.size), weights.reshape(weights.size)
+    for piece in range(first, rows if groups == 1 else groups, step):
+        for b in range(piece, piece + 1) if groups == 1 else range(piece * in_group, (piece + 1) * in_group):
+            at = b * steps * width
+            out = sums[first if groups == 1 else piece]
+            add_outer(x, at, m, at + width, lengths[b] - 1, row_weights[b], out, k)
+    if groups > 1:
+        for piece in range(first, groups, step):
+            for i in range(k):
+                for j in range(k):
+                    sums[piece, i, j] *= table[piece, 0, i, j]
+
+
+@njit(cache=True, nogil=True)
+def weighted(marginals, row_weights, tags, first, step):  # type: ignore[no-untyped-def]
+    """tags [N, T, K] = marginals [N, T, P] times the weight of their row."""
+    rows, steps, k = tags.shape
+    width = marginals.shape[2]
+    for b in range(first, rows, step):
+        by = row_weights[b]
+        if width == k:
+            x, y = marginals[b].reshape(steps * k), tags[b].reshape(steps * k)
+            for j in range(steps * k):
+                y[j] = x[j] * by
+        else:
+            for t in range(steps):
+                for j in range(k):
+                    tags[b, t, j] = marginals[b, t, j] * by

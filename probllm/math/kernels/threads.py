@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-# below this many multiply-adds the wake-up of a second thread costs more than it saves
-SMALL = 400_000
+# below this many nanoseconds the wake-up of a second thread costs more than it saves
+SMALL = 500_000.0
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -30,15 +30,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def run_shares(kernel: Callable[..., None], arguments: tuple[object, ...], pieces: int, work: float) -> None:
+def run_shares(kernel: Callable[..., None], arguments: tuple[object, ...], pieces: int, nanoseconds: float) -> None:
     """Calls ``kernel(*arguments, first, step)`` once for each share; share i takes pieces i, i + step, i + 2 step, ...
 
     Args:
         pieces: how many independent pieces of work there are.
-        work: multiply-adds in all; small work stays on the calling thread.
+        nanoseconds: about how long one thread takes for all; what is short stays on the calling thread.
     """
     global _pool
-    shares = min(pieces, torch.get_num_threads()) if work > SMALL else 1
+    shares = min(pieces, torch.get_num_threads()) if nanoseconds > SMALL else 1
     if shares <= 1:
         kernel(*arguments, 0, 1)
         return

@@ -132,6 +132,45 @@ def _tile(lanes: int, vectors: int, rows: int, best: bool = False) -> Any:
     return tile
 
 
+def _outer(lanes: int, vectors: int) -> Any:
+    """(x, at, m, after, stride, n, by, out, row, column): four rows of out += by * sum over t < n of x_t (outer) m_t.
+
+    x and m are flat; x_t starts at ``at + t stride``, m_t at ``after + t stride``; out is two-dimensional.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def outer(
+        typingctx: Any, x: Any, at: Any, m: Any, after: Any, stride: Any, n: Any, by: Any, out: Any, row: Any, column:
+        Any
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 7))
+            _, at, _, after, stride, n, by, _, row, column = arguments
+            sums = [[emit.variable() for _ in range(vectors)] for _ in range(4)]
+            with cgutils.for_range(builder, n, intp=emit.integer) as loop:
+                moved = builder.mul(loop.index, stride)
+                x_at = builder.add(builder.add(at, moved), row)
+                m_at = builder.add(builder.add(after, moved), column)
+                columns = [emit.load(m_data, builder.add(m_at, emit.integer(v * lanes))) for v in range(vectors)]
+                for r in range(4):
+                    value = emit.spread(builder.load(builder.gep(x_data, [builder.add(x_at, emit.integer(r))])))
+                    for v in range(vectors):
+                        emit.add_to(sums[r][v], emit.times(value, columns[v]))
+            factor, o_stride = emit.spread(by), emit.row_stride(sig.args[7], arguments[7])
+            for r in range(4):
+                for v in range(vectors):
+                    place = builder.add(builder.mul(builder.add(row, emit.integer(r)), o_stride), column)
+                    place = builder.add(place, emit.integer(v * lanes))
+                    total = emit.plus(emit.load(o_data, place), emit.times(builder.load(sums[r][v]), factor))
+                    emit.store(total, o_data, place)
+            return context.get_dummy_value()
+
+        return types.void(x, at, m, after, stride, n, by, out, row, column), generate
+
+    return outer
+
+
 def _ahead(lanes: int) -> Any:
     """(y, by, q, here, x, width): x = y * by * q[here:]; returns the sum."""
 
@@ -294,6 +333,7 @@ _best4, _best8, _best16, _best32 = (
     _tile(4, 1, 4, best=True), _tile(8, 1, 4, best=True), _tile(16, 1, 4, best=True), _tile(16, 2, 4, best=True)
 )  # fmt: skip
 _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), _tile(16, 4, 1)
+_outer4, _outer8, _outer16, _outer32 = _outer(4, 1), _outer(8, 1), _outer(16, 1), _outer(16, 2)
 _ahead4, _ahead8, _ahead16 = _ahead(4), _ahead(8), _ahead(16)
 _climb4, _climb8, _climb16 = _climb(4), _climb(8), _climb(16)
 _highest4, _highest8, _highest16 = _highest_sum(4), _highest_sum(8), _highest_sum(16)
@@ -354,6 +394,25 @@ def product1(x, matrix, out, k):  # type: ignore[no-untyped-def]
         while column < width:
             _one16(x, matrix, out, k, column)
             column += 16
+
+
+@njit(cache=True, nogil=True)
+def add_outer(x, at, m, after, n, by, out, k):  # type: ignore[no-untyped-def]
+    """out[i, j] += by * sum over t < n of x[at + t P + i] m[after + t P + j], i < k; out [P, P], x and m flat, P
+    as ``padded``."""
+    width = out.shape[1]
+    for row in range(0, k, 4):
+        if width == 4:
+            _outer4(x, at, m, after, width, n, by, out, row, 0)
+        elif width == 8:
+            _outer8(x, at, m, after, width, n, by, out, row, 0)
+        else:
+            column = 0
+            while column + 32 <= width:
+                _outer32(x, at, m, after, width, n, by, out, row, column)
+                column += 32
+            if column < width:
+                _outer16(x, at, m, after, width, n, by, out, row, column)
 
 
 @njit(cache=True, nogil=True)
