@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.linear_chain_crf import LinearChainCRF
-from probllm.math.chain import as_chain, chain_log_partition
+from probllm.math.chain import as_chain, chain_log_partition, check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
 
 
@@ -49,6 +49,11 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         duration: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        for name, logits in (("initial_logits", initial_logits), ("transition_logits", transition_logits)):
+            if not logits.is_floating_point():
+                raise TypeError(f"{name}: expected floating-point logits, got {logits.dtype}")
+        if initial_logits.dim() < 1 or initial_logits.shape[-1] < 1:
+            raise ValueError(f"initial_logits: expected shape [..., K], got {list(initial_logits.shape)}")
         k = initial_logits.shape[-1]
         if transition_logits.dim() < 2 or transition_logits.shape[-2:] != (k, k):
             raise ValueError(f"transition_logits: expected [..., {k}, {k}], got {list(transition_logits.shape)}")
@@ -69,12 +74,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         self.duration = (
             steps.pop() if steps else (1 if transition_logits.dim() > 2 and transition_logits.shape[-3] == 0 else None)
         )
-        self.initial = torch.log_softmax(initial_logits, -1)
-        self.transition = torch.log_softmax(transition_logits, -1)
-        # a state that nothing may follow keeps nothing, and not NaN
-        self.transition = torch.where(
-            torch.isnan(self.transition), torch.full_like(self.transition, -math.inf), self.transition
-        )
+        self.initial = _normalised(initial_logits)
+        self.transition = _normalised(transition_logits)
         self.observation_dist = observation_dist
         self.lengths = lengths
         batch = torch.broadcast_shapes(
@@ -84,11 +85,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
             () if lengths is None else lengths.shape,
         )
         if lengths is not None:
-            low, high = int(lengths.min()), int(lengths.max())
-            if low < 1 or (self.duration is not None and high > self.duration):
-                raise ValueError(
-                    f"lengths: expected values from 1 to {self.duration or 'T'}, got values from {low} to {high}"
-                )
+            check_lengths(lengths, self.duration)
         event = torch.Size((self.duration or 1, *observation_dist.event_shape))
         self._own_shape = torch.Size(batch)
         super().__init__(self._own_shape, event, validate_args=False)
@@ -137,19 +134,24 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         if observed is not None:
             if observed.dtype != torch.bool:
                 raise TypeError(f"observed: expected dtype torch.bool, got {observed.dtype}")
+            if observed.dim() < 1 or observed.shape[-1] != steps:
+                raise ValueError(f"observed: expected shape [..., {steps}], got {list(observed.shape)}")
             real = observed if real is None else real & observed
         if real is not None:
             real = real.expand(torch.broadcast_shapes(real.shape, value.shape[: at + 1]))
             value = value.expand(*real.shape, *value.shape[at + 1 :])
-            legal = self._legal(value)
+            legal = self._legal(value, real)
             value = torch.where(real.reshape(*real.shape, *(1,) * inner), value, legal)
         found: Tensor = self.observation_dist.log_prob(value.unsqueeze(value.dim() - inner))
         found = found.expand(*found.shape[:-1], self.num_states)
         return found if real is None else torch.where(real.unsqueeze(-1), found, torch.zeros_like(found))
 
-    def _legal(self, value: Tensor) -> Tensor:
+    def _legal(self, value: Tensor, real: Tensor) -> Tensor:
         """One observation in the support, to stand at missing and padded steps while they are scored."""
-        with torch.no_grad():
+        if not is_wrapped(value) and not is_wrapped(real) and bool(real.any()):
+            seen: Tensor = value[real][0].detach()
+            return seen
+        with torch.no_grad(), torch.random.fork_rng():
             one = self.observation_dist.sample()
         inner = len(self.observation_dist.event_shape)
         legal: Tensor = one.reshape(-1, *one.shape[one.dim() - inner :])[0].to(value.dtype)
@@ -157,7 +159,13 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
 
     def _scores(self, value: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         emissions = self.emissions(value, observed)
-        shape = torch.broadcast_shapes(emissions.shape[:-2], self.batch_shape)
+        try:
+            shape = torch.broadcast_shapes(emissions.shape[:-2], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"value: batch shape {list(emissions.shape[:-2])} does not broadcast with {list(self.batch_shape)}, "
+                "that of the law"
+            ) from None
         return emissions.expand(*shape, *emissions.shape[-2:]), self.transition, self.initial
 
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
@@ -188,13 +196,17 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
             full = (*states.shape, self.num_states)
             drawn = self.observation_dist.expand(full).sample()
             inner = len(self.observation_dist.event_shape)
-            at = states.reshape(*states.shape, *(1,) * (inner + 1)).expand(
-                *states.shape, 1, *self.observation_dist.event_shape
-            )
-            return states, drawn.gather(states.dim(), at).squeeze(states.dim())
+            ones = (1,) * inner
+            at = states.clamp_min(0).reshape(*states.shape, 1, *ones)
+            at = at.expand(*states.shape, 1, *self.observation_dist.event_shape)
+            observations = drawn.gather(states.dim(), at).squeeze(states.dim())
+            if self.lengths is not None:
+                real = mask_from_lengths(self.lengths, states.shape[-1]).expand(states.shape)
+                observations = torch.where(real.reshape(*states.shape, *ones), observations, 0)
+            return states, observations
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Observations ``[*sample_shape, *batch, T, *observation]``."""
+        """Observations ``[*sample_shape, *batch, T, *observation]``; 0 on padding."""
         return self.sample_joint(sample_shape)[1]
 
     def _intractable(self, what: str) -> NoReturn:
@@ -209,3 +221,10 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
 
     def entropy(self) -> Tensor:
         self._intractable("entropy")
+
+
+def _normalised(logits: Tensor) -> Tensor:
+    """log_softmax over the last dimension that is -inf, with gradient 0, where all entries are -inf."""
+    nothing = (logits == -math.inf).all(-1, keepdim=True)
+    log = torch.log_softmax(torch.where(nothing, torch.zeros_like(logits), logits), -1)
+    return torch.where(nothing, torch.full_like(log, -math.inf), log)

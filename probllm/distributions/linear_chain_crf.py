@@ -55,7 +55,7 @@ class LinearChainCRF(StructuredDistribution):
             lengths,
         )
         self._own_shape = self._chain.batch_shape
-        self._kept: dict[str, Tensor] = {}
+        self._kept = {}
         super().__init__(self._own_shape, torch.Size(emissions.shape[-2:-1]), validate_args=False)
         self._validate_args = validate_args is not False
 
@@ -168,7 +168,7 @@ class LinearChainCRF(StructuredDistribution):
             if self.lengths is None:
                 last = value[..., -1:]
             else:
-                last = value.gather(-1, (self.lengths - 1).unsqueeze(-1).expand(*shape, 1))
+                last = value.gather(-1, (self.lengths.long() - 1).unsqueeze(-1).expand(*shape, 1))
             score = score + self.end.expand(*shape, k).gather(-1, last).squeeze(-1)
         return score
 

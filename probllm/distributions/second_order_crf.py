@@ -59,7 +59,7 @@ class SecondOrderCRF(StructuredDistribution):
         leading = [getattr(self, name).shape[:-order] for name, order in _ORDERS.items()]
         self._own_shape = torch.broadcast_shapes(*leading, lengths.shape)
         self.lengths = lengths.expand(self._own_shape)
-        self._kept: dict[str, Tensor] = {}
+        self._kept = {}
         super().__init__(self._own_shape, torch.Size([length]), validate_args=False)
         self._validate_args = validate_args is not False
 

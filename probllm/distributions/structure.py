@@ -14,6 +14,7 @@ Where nothing is allowed: log_partition and log_prob are -inf, marginals, entrop
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -49,7 +50,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     _own_shape: torch.Size  # batch shape of the scores as they are stored
-    _kept: dict[str, Tensor]
+    _kept: dict[str, tuple[Any, bool]]  # results by name, and whether they were made with gradients
 
     # ---- what a structure gives; every result is over the stored batch shape
 
@@ -96,10 +97,17 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
     def _dtype(self) -> torch.dtype:
         return next(iter(self.parts.values())).dtype
 
-    def _keep(self, name: str, make: Any) -> Tensor:
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
+    def _keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, kept; made again where it was made without gradients that are wanted now."""
+        found, with_gradients = self._kept.get(name, (None, False))
+        if found is None or (torch.is_grad_enabled() and not with_gradients and self._requires_grad):
+            found = make()
+            self._kept[name] = (found, torch.is_grad_enabled())
+        return found
+
+    @property
+    def _requires_grad(self) -> bool:
+        return any(x.requires_grad for x in self.parts.values())
 
     def _grow(self, x: Tensor) -> Tensor:
         """Expands a result over the stored batch shape to the batch shape."""
@@ -136,11 +144,8 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         return self._with(**flat)._log_z()
 
     def _expected_parts(self) -> dict[str, Tensor]:
-        if "expected" not in self._kept:
-            for name, x in self._expected().items():
-                self._kept["expected " + name] = x
-            self._kept["expected"] = torch.empty(0)
-        return {name: self._kept["expected " + name] for name in self.parts}
+        found: dict[str, Tensor] = self._keep("expected", self._expected)
+        return found
 
     def score(self, value: Tensor) -> Tensor:
         """Log of the unnormalised probability of structures ``[..., *event]``, in nats; -inf for a forbidden one."""

@@ -321,7 +321,9 @@ def narrow_dtypes_are_summed_wide(case: Case) -> None:
         assert narrow.log_prob(case.structures).dtype == narrow.topk(1)[0].dtype == dtype
         close_to = {"rtol": max(digits, 1e-4), "atol": max(digits * 0.01, 1e-5, greatest * 1e-7), "check_dtype": False}
         torch.testing.assert_close(narrow.log_partition.double(), wide.log_partition, **close_to)
-        torch.testing.assert_close(narrow.log_prob(case.structures).double(), wide.log_prob(case.structures), **close_to)
+        torch.testing.assert_close(
+            narrow.log_prob(case.structures).double(), wide.log_prob(case.structures), **close_to
+        )
         torch.testing.assert_close(narrow.marginals.double(), wide.marginals, **{**close_to, "atol": max(digits, 1e-4)})
         torch.testing.assert_close(narrow.entropy().double(), wide.entropy(), **close_to)
         leaf = case.whole()[case.main].to(dtype).detach().clone().requires_grad_()

@@ -22,7 +22,9 @@ def score_of_all(structures: Tensor, lengths: Tensor, batch: torch.Size, parts: 
     emissions = parts["emissions"].expand(*batch, steps, k)
     table = parts["transitions"]
     table = table.expand(*batch, max(steps - 1, 0), k, k) if steps > 1 else table
-    start, end = (parts[n].expand(*batch, k) if n in parts else emissions.new_zeros(*batch, k) for n in ("start", "end"))
+    start, end = (
+        parts[n].expand(*batch, k) if n in parts else emissions.new_zeros(*batch, k) for n in ("start", "end")
+    )
     z, n = structures.T, lengths.unsqueeze(-1)
     total = start[..., z[0]]
     for t in range(steps):
@@ -32,7 +34,9 @@ def score_of_all(structures: Tensor, lengths: Tensor, batch: torch.Size, parts: 
 
 
 @st.composite
-def cases(draw: st.DrawFn, forbidden: bool = True, batches: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (2, 3), (0,))) -> Case:
+def cases(
+    draw: st.DrawFn, forbidden: bool = True, batches: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (2, 3), (0,))
+) -> Case:
     """Shapes, lengths, kinds of transitions, forbidden parts, scales and ties of every sort."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     steps, k = draw(st.sampled_from([(4, 3), (3, 3), (3, 4), (4, 2), (5, 2), (2, 3), (1, 3), (3, 1), (1, 1), (2, 2)]))
@@ -82,7 +86,12 @@ def cases(draw: st.DrawFn, forbidden: bool = True, batches: tuple[tuple[int, ...
     every = structures.reshape(-1, *(1,) * len(law.batch_shape), steps).expand(-1, *law.batch_shape, steps)
     listed = ((every == 0) | (torch.arange(steps) < own.unsqueeze(-1))).all(-1)
     return Case(
-        law, build, every, listed, lambda parts: score_of_all(structures, own, law.batch_shape, parts), draw(st.integers(0, 2**31))
+        law,
+        build,
+        every,
+        listed,
+        lambda parts: score_of_all(structures, own, law.batch_shape, parts),
+        draw(st.integers(0, 2**31)),
     )
 
 
