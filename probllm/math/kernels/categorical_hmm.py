@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 
 from probllm.math.kernels.chain_scaled import LEAST_SUM, TINY, some_tiny
-from probllm.math.kernels.vectors import add_scaled, ahead, behind, multiply, product1, product4, scale
+from probllm.math.kernels.tiles import product1, product4
+from probllm.math.kernels.vectors import add_scaled, ahead, behind, multiply, scale
 
 SPOILED = 8  # a row was found too small when some of its counts were already added
 

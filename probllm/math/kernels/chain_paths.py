@@ -17,7 +17,8 @@ import numpy as np
 from numba import njit
 
 from probllm.math.kernels.chain_scaled import BROKEN, extremes, lowest_allowed, row_scores
-from probllm.math.kernels.vectors import best4, climb, highest_sum
+from probllm.math.kernels.tiles import best4
+from probllm.math.kernels.vectors import climb, highest_sum
 
 FAR = 1
 # a step's scores further apart than this (in nats) lose digits in float32

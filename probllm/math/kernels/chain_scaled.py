@@ -5,7 +5,7 @@
     g_t(j)
 
 with q = exp(emissions - the first allowed one of the step) and A = exp(transitions - their maximum); log Z is the sum
-of log c_t and of what was taken out. Four rows of the batch share the matrix product of a step (``vectors``), and the
+of log c_t and of what was taken out. Four rows of the batch share the matrix product of a step (``tiles``), and the
 K states of a step are padded to whole vectors. No [T, K, K] array exists, and no logarithm is taken inside.
 
 Every row is certified, or says in ``flags`` why it is not (bits):
@@ -27,7 +27,8 @@ import math
 import numpy as np
 from numba import njit
 
-from probllm.math.kernels.vectors import add_outer, ahead, behind, multiply, product1, product4, scale, shift
+from probllm.math.kernels.tiles import add_outer, product1, product4
+from probllm.math.kernels.vectors import ahead, behind, multiply, scale, shift
 
 WIDE, TINY, BROKEN = 1, 2, 4
 # nats that one step may span in float32, and in float64 with zeros; below TINIEST a state is close to underflow

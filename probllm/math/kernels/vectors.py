@@ -1,10 +1,8 @@
-"""Vector code for the inner passes of compiled recursions, emitted as LLVM IR so that no processor runs a scalar
-remainder loop.
+"""Vector code for the element-wise passes of compiled recursions, emitted as LLVM IR.
 
-Rows are padded to whole vectors (``padded``). ``product4`` and ``product1`` are register tiles, out[r, :] = x[r, :] @
-matrix: the sums of four rows by two vectors stay in registers while a column of the tile is walked, as in the inner
-kernel of a BLAS (Goto and van de Geijn 2008). ``ahead`` and ``behind`` are the element-wise passes of a scaled
-forward-backward step, ``shift`` subtracts. LLVM lowers the vectors to whatever the processor has.
+Left to itself the compiler runs rows as short as a set of tags through scalar remainder loops. Here rows are padded to
+whole vectors (``padded``), and LLVM lowers the vectors to whatever the processor has. ``ahead`` and ``behind`` are
+passes of a scaled forward-backward step, ``climb`` and ``highest_sum`` of Viterbi; the others say what they do.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ def padded(k: int) -> int:
     return 4 if k <= 4 else 8 if k <= 8 else -(-k // 16) * 16
 
 
-class _Emit:
+class Emit:
     """Loads, stores and sums of vectors of one scalar type."""
 
     def __init__(self, context: Any, builder: Any, dtype: Any, lanes: int) -> None:
@@ -95,89 +93,13 @@ class _Emit:
         )
 
 
-def _tile(lanes: int, vectors: int, rows: int, best: bool = False) -> Any:
-    """(x, matrix, out, k, column): out[:rows, column:column + lanes * vectors] = x[:rows, :k] @ matrix[:k, the same
-    columns].
-
-    With ``best`` the product is that of (max, +): out[r, j] = max_i x[r, i] + matrix[i, j].
-    """
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def tile(typingctx: Any, x: Any, matrix: Any, out: Any, k: Any, column: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
-            x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in range(3))
-            x_stride, m_stride, o_stride = (emit.row_stride(sig.args[i], arguments[i]) for i in range(3))
-            at = arguments[4]
-            sums = [[emit.variable(-math.inf if best else 0.0) for _ in range(vectors)] for _ in range(rows)]
-            with cgutils.for_range(builder, arguments[3], intp=emit.integer) as loop:
-                base = builder.add(builder.mul(loop.index, m_stride), at)
-                columns = [emit.load(m_data, builder.add(base, emit.integer(v * lanes))) for v in range(vectors)]
-                for r in range(rows):
-                    place = builder.add(builder.mul(emit.integer(r), x_stride), loop.index)
-                    value = emit.spread(builder.load(builder.gep(x_data, [place])))
-                    for v in range(vectors):
-                        if best:
-                            emit.raise_to(sums[r][v], emit.plus(value, columns[v]))
-                        else:
-                            emit.add_to(sums[r][v], emit.times(value, columns[v]))
-            for r in range(rows):
-                for v in range(vectors):
-                    place = builder.add(builder.mul(emit.integer(r), o_stride), at)
-                    emit.store(builder.load(sums[r][v]), o_data, builder.add(place, emit.integer(v * lanes)))
-            return context.get_dummy_value()
-
-        return types.void(x, matrix, out, k, column), generate
-
-    return tile
-
-
-def _outer(lanes: int, vectors: int) -> Any:
-    """(x, at, m, after, stride, n, by, out, row, column): four rows of out += by * sum over t < n of x_t (outer) m_t.
-
-    x and m are flat; x_t starts at ``at + t stride``, m_t at ``after + t stride``; out is two-dimensional.
-    """
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def outer(
-        typingctx: Any, x: Any, at: Any, m: Any, after: Any, stride: Any, n: Any, by: Any, out: Any, row: Any, column:
-        Any
-    ) -> Any:  # fmt: skip
-        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
-            x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 7))
-            _, at, _, after, stride, n, by, _, row, column = arguments
-            sums = [[emit.variable() for _ in range(vectors)] for _ in range(4)]
-            with cgutils.for_range(builder, n, intp=emit.integer) as loop:
-                moved = builder.mul(loop.index, stride)
-                x_at = builder.add(builder.add(at, moved), row)
-                m_at = builder.add(builder.add(after, moved), column)
-                columns = [emit.load(m_data, builder.add(m_at, emit.integer(v * lanes))) for v in range(vectors)]
-                for r in range(4):
-                    value = emit.spread(builder.load(builder.gep(x_data, [builder.add(x_at, emit.integer(r))])))
-                    for v in range(vectors):
-                        emit.add_to(sums[r][v], emit.times(value, columns[v]))
-            factor, o_stride = emit.spread(by), emit.row_stride(sig.args[7], arguments[7])
-            for r in range(4):
-                for v in range(vectors):
-                    place = builder.add(builder.mul(builder.add(row, emit.integer(r)), o_stride), column)
-                    place = builder.add(place, emit.integer(v * lanes))
-                    total = emit.plus(emit.load(o_data, place), emit.times(builder.load(sums[r][v]), factor))
-                    emit.store(total, o_data, place)
-            return context.get_dummy_value()
-
-        return types.void(x, at, m, after, stride, n, by, out, row, column), generate
-
-    return outer
-
-
 def _ahead(lanes: int) -> Any:
     """(y, by, q, here, x, width): x = y * by * q[here:]; returns the sum."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def ahead(typingctx: Any, y: Any, by: Any, q: Any, here: Any, x: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             y_data, q_data, x_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4))
             factor, total = emit.spread(arguments[1]), emit.variable()
             with emit.vectors(arguments[5]) as (v, _):
@@ -199,7 +121,7 @@ def _climb(lanes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def climb(typingctx: Any, y: Any, by: Any, q: Any, here: Any, x: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             y_data, q_data, x_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4))
             base, high = emit.spread(arguments[1]), emit.variable(-math.inf)
             with emit.vectors(arguments[5]) as (v, _):
@@ -220,7 +142,7 @@ def _highest_sum(lanes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def highest_sum(typingctx: Any, x: Any, y: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             x_data, y_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 1))
             high = emit.variable(-math.inf)
             with emit.vectors(arguments[2]) as (v, _):
@@ -238,7 +160,7 @@ def _behind(lanes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def behind(typingctx: Any, y: Any, by: Any, q: Any, here: Any, x: Any, alpha: Any, totals: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             y_data, q_data, x_data, a_data, t_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4, 5, 6))
             factor, d, z = emit.spread(arguments[1]), emit.variable(), emit.variable()
             with emit.vectors(arguments[7]) as (v, _):
@@ -262,7 +184,7 @@ def _product(lanes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def product(typingctx: Any, x: Any, y: Any, by: Any, out: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             x_data, y_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 1, 3))
             factor = emit.spread(arguments[2])
             with emit.vectors(arguments[4]) as (v, _):
@@ -280,7 +202,7 @@ def _scaled(lanes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def scaled(typingctx: Any, x: Any, by: Any, out: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             x_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2))
             factor = emit.spread(arguments[1])
             with emit.vectors(arguments[3]) as (v, _):
@@ -298,7 +220,7 @@ def _added(lanes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def added(typingctx: Any, x: Any, by: Any, out: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             x_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2))
             factor = emit.spread(arguments[1])
             with emit.vectors(arguments[3]) as (v, _):
@@ -316,7 +238,7 @@ def _shift(lanes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def shift(typingctx: Any, x: Any, by: Any, at: Any, width: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
             data, base = emit.data(sig.args[0], arguments[0]), emit.spread(arguments[1])
             with emit.vectors(arguments[3]) as (v, _):
                 place = builder.add(v, arguments[2])
@@ -328,12 +250,6 @@ def _shift(lanes: int) -> Any:
     return shift
 
 
-_four4, _four8, _four16, _four32 = _tile(4, 1, 4), _tile(8, 1, 4), _tile(16, 1, 4), _tile(16, 2, 4)
-_best4, _best8, _best16, _best32 = (
-    _tile(4, 1, 4, best=True), _tile(8, 1, 4, best=True), _tile(16, 1, 4, best=True), _tile(16, 2, 4, best=True)
-)  # fmt: skip
-_one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), _tile(16, 4, 1)
-_outer4, _outer8, _outer16, _outer32 = _outer(4, 1), _outer(8, 1), _outer(16, 1), _outer(16, 2)
 _ahead4, _ahead8, _ahead16 = _ahead(4), _ahead(8), _ahead(16)
 _climb4, _climb8, _climb16 = _climb(4), _climb(8), _climb(16)
 _highest4, _highest8, _highest16 = _highest_sum(4), _highest_sum(8), _highest_sum(16)
@@ -342,77 +258,6 @@ _product4, _product8, _product16 = _product(4), _product(8), _product(16)
 _scaled4, _scaled8, _scaled16 = _scaled(4), _scaled(8), _scaled(16)
 _added4, _added8, _added16 = _added(4), _added(8), _added(16)
 _shift4, _shift8, _shift16 = _shift(4), _shift(8), _shift(16)
-
-
-@njit(cache=True, nogil=True)
-def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
-    """out[r, :width] = x[r, :k] @ matrix[:k, :width] for four rows; width = matrix.shape[1] as ``padded`` gives it."""
-    width = matrix.shape[1]
-    if width == 4:
-        _four4(x, matrix, out, k, 0)
-    elif width == 8:
-        _four8(x, matrix, out, k, 0)
-    else:
-        column = 0
-        while column + 32 <= width:
-            _four32(x, matrix, out, k, column)
-            column += 32
-        if column < width:
-            _four16(x, matrix, out, k, column)
-
-
-@njit(cache=True, nogil=True)
-def best4(x, matrix, out, k):  # type: ignore[no-untyped-def]
-    """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for four rows; no NaN, no +inf."""
-    width = matrix.shape[1]
-    if width == 4:
-        _best4(x, matrix, out, k, 0)
-    elif width == 8:
-        _best8(x, matrix, out, k, 0)
-    else:
-        column = 0
-        while column + 32 <= width:
-            _best32(x, matrix, out, k, column)
-            column += 32
-        if column < width:
-            _best16(x, matrix, out, k, column)
-
-
-@njit(cache=True, nogil=True)
-def product1(x, matrix, out, k):  # type: ignore[no-untyped-def]
-    """The same for one row."""
-    width = matrix.shape[1]
-    if width == 4:
-        _one4(x, matrix, out, k, 0)
-    elif width == 8:
-        _one8(x, matrix, out, k, 0)
-    else:
-        column = 0
-        while column + 64 <= width:
-            _one64(x, matrix, out, k, column)
-            column += 64
-        while column < width:
-            _one16(x, matrix, out, k, column)
-            column += 16
-
-
-@njit(cache=True, nogil=True)
-def add_outer(x, at, m, after, n, by, out, k):  # type: ignore[no-untyped-def]
-    """out[i, j] += by * sum over t < n of x[at + t P + i] m[after + t P + j], i < k; out [P, P], x and m flat, P
-    as ``padded``."""
-    width = out.shape[1]
-    for row in range(0, k, 4):
-        if width == 4:
-            _outer4(x, at, m, after, width, n, by, out, row, 0)
-        elif width == 8:
-            _outer8(x, at, m, after, width, n, by, out, row, 0)
-        else:
-            column = 0
-            while column + 32 <= width:
-                _outer32(x, at, m, after, width, n, by, out, row, column)
-                column += 32
-            if column < width:
-                _outer16(x, at, m, after, width, n, by, out, row, column)
 
 
 @njit(cache=True, nogil=True)
