@@ -35,6 +35,7 @@ class Rows(NamedTuple):
 
 def chain(rows: Rows, emissions: Tensor, lengths: Tensor) -> LinearChainCRF | SecondOrderCRF:
     """The law of the tags ``[*batch, T]`` under log probabilities ``rows`` and emission scores ``[*batch, T, K]``."""
+    emissions = emissions.to(rows.initial.dtype)  # the emissions' is the precision of the law
     if rows.second is not None:
         return SecondOrderCRF(emissions, rows.transition, rows.second, rows.initial, lengths)
     transition = rows.transition.unsqueeze(-3) if rows.transition.ndim > 2 else rows.transition
