@@ -52,9 +52,9 @@ def best_paths(chain: Chain) -> Tensor:
     order = (
         np.argsort(-lengths.reshape(groups, in_group), axis=1, kind="stable") + in_group * np.arange(groups)[:, None]
     )
-    # a transition table that spans more than float32 resolves is taken in float64 from the start
+    # transitions larger than float32 resolves are taken in float64 from the start
     finite = transitions[np.isfinite(transitions)]
-    wide = bool(finite.size) and float(finite.max()) - float(finite.min()) > kernels.SPAN32
+    wide = bool(finite.size) and float(np.abs(finite).max()) > kernels.SPAN32
     dtypes: list[type] = [np.float64] if wide or emissions.dtype == np.float64 else [np.float32, np.float64]
     for dtype in dtypes:
         blocks = np.full((groups, -(-order.shape[1] // 4) * 4), -1, np.int64)

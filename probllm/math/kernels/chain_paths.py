@@ -21,7 +21,7 @@ from probllm.math.kernels.tiles import best4
 from probllm.math.kernels.vectors import climb, highest_sum
 
 FAR = 1
-# a step's scores further apart than this (in nats) lose digits in float32
+# scores larger than this (in nats) lose digits in float32
 SPAN32 = 2000.0
 
 
@@ -54,13 +54,13 @@ def best(emissions, start, end, lengths, forth, back, order, paths, flags, first
             if b < 0:
                 continue
             g, n = b // in_group, lengths[b]
-            flags[b] = row_scores(emissions[b], start[b], end[b], n, width, q[r])
+            _, flags[b] = row_scores(emissions[b], start[b], end[b], n, width, q[r])
             if flags[b] != BROKEN:
                 if flags[b] == 0:
                     low, high = extremes(q[r], 0, n * width)
                 else:
                     low, high, _ = lowest_allowed(q[r], 0, n * width)
-                flags[b] = FAR if narrow and high - low > SPAN32 else 0
+                flags[b] = FAR if narrow and max(high, -low) > SPAN32 else 0
             if flags[b] == 0:
                 until[r] = n
                 longest = max(longest, n)

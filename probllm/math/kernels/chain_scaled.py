@@ -135,10 +135,11 @@ def tables(transitions, table, back, offsets, spread, flags, first, step):  # ty
 
 @njit(cache=True, nogil=True)
 def row_scores(emissions, start, end, n, width, q):  # type: ignore[no-untyped-def]
-    """q[t * width + j] = the scores of one row of the batch, start and end folded in; flags if one is NaN or infinite.
+    """q[t * width + j] = the scores of one row of the batch, start and end folded in, less what is taken out of the
+    first and the last step: small differences of large scores must not be rounded when start and end are added.
 
-    The width - k columns behind each step repeat its first score. Returns 0, WIDE (some are -inf) or BROKEN (NaN or
-    +inf).
+    The width - k columns behind each step repeat its first score. Returns what was taken out and 0, WIDE (some are
+    -inf) or BROKEN (NaN or +inf).
     """
     k = emissions.shape[1]
     if width == k:
@@ -152,12 +153,18 @@ def row_scores(emissions, start, end, n, width, q):  # type: ignore[no-untyped-d
             for j in range(k, width):
                 q[t * width + j] = emissions[t, 0]
     last = (n - 1) * width
-    for j in range(width):
-        q[j] += start[j] if j < k else start[0]
-        q[last + j] += end[j] if j < k else end[0]
+    offset = 0.0
+    for side in range(2):
+        at = last if side else 0
+        extra = end if side else start
+        own = q[at] if math.isfinite(q[at]) else q.dtype.type(0)
+        base = extra[0] if math.isfinite(extra[0]) else q.dtype.type(0)
+        offset += np.float64(own) + np.float64(base)
+        for j in range(width):
+            q[at + j] = (q[at + j] - own) + ((extra[j] if j < k else extra[0]) - base)
     if times_zero(q, 0, n * width) == 0:
-        return 0
-    return BROKEN if lowest_allowed(q, 0, n * width)[2] else WIDE
+        return offset, 0
+    return offset, BROKEN if lowest_allowed(q, 0, n * width)[2] else WIDE
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -167,11 +174,10 @@ def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, 
     Returns (what was taken out, flags). The width - k columns behind each step hold 1.
     """
     k, size = emissions.shape[1], n * width
-    flag = row_scores(emissions, start, end, n, width, q)
+    offset, flag = row_scores(emissions, start, end, n, width, q)
     finite = flag == 0
     if flag == BROKEN or (flag == WIDE and not zeros):
         return 0.0, flag
-    offset = 0.0
     for at in range(0, size, width):
         first = at
         while not finite and q[first] == -math.inf:
