@@ -33,6 +33,8 @@ class Setting(NamedTuple):
     vocabulary: TaggingVocabulary
     rules: Mapping[str, Tensor] | None
     """Which tags may follow which, where the tags are BIO and the data keep to it."""
+    spans: bool
+    """Whether the tags are BIO."""
     small: bool
 
 
@@ -51,8 +53,8 @@ class Candidate(NamedTuple):
     """The inputs that it reads."""
     build: Callable[[Setting], Model]
     """A fresh model."""
-    options: Callable[[bool], dict[str, Any]]
-    """What ``fit`` is told, at the small setting or the full one."""
+    options: Callable[[Setting], dict[str, Any]]
+    """What ``fit`` is told."""
     in_small: bool = True
     """Whether it takes part in the small setting without being asked for."""
 
@@ -94,20 +96,36 @@ def softmax(encoder: Callable[[Setting], Encoder] | None) -> Callable[[Setting],
     return lambda s: SoftmaxTagger(encoder and encoder(s), s.vocabulary.num_tags, features(s))
 
 
-def counted(small: bool) -> dict[str, Any]:
+# Entities are rare, and the next ones have other names: where each rare feature takes Adam's full steps they are learnt
+# by heart, while plain gradients leave it small (measured on WNUT 2017: four times the F1).
+PLAIN = {"optimiser": "sgd", "learning_rate": 0.3, "weight_decay": 1e-4, "batch_size": 16}
+
+
+def counted(setting: Setting) -> dict[str, Any]:
+    """Nothing: counts are exact."""
     return {}
 
 
-def linear(small: bool) -> dict[str, Any]:
-    return {"epochs": 4, "batch_size": 32 if small else 64, "learning_rate": 0.015, "weight_decay": 0.1, "clip": None}
+def linear(setting: Setting) -> dict[str, Any]:
+    """For scores of features alone."""
+    if setting.spans:
+        return {"epochs": 4, **PLAIN}
+    return {"epochs": 4 if setting.small else 3, "learning_rate": 0.015, "batch_size": 32 if setting.small else 64}
 
 
-def for_recurrent(small: bool) -> dict[str, Any]:
-    return {"epochs": 8, "batch_size": 32, "learning_rate": 3e-3, "weight_decay": 0.05}
+def for_recurrent(setting: Setting) -> dict[str, Any]:
+    """For a BiLSTM beside the features."""
+    if setting.spans:
+        return {"epochs": 6, **PLAIN}
+    return {"epochs": 8 if setting.small else 6, "learning_rate": 3e-3, "weight_decay": 0.05}
 
 
-def for_transformer(small: bool) -> dict[str, Any]:
-    return {"epochs": 10, "batch_size": 32, "learning_rate": 2e-3 if small else 1e-3, "weight_decay": 0.05}
+def for_transformer(setting: Setting) -> dict[str, Any]:
+    """For a Transformer beside the features."""
+    if setting.spans:
+        return {"epochs": 6, "learning_rate": 5e-4, "weight_decay": 0.05, "batch_size": 16}
+    rate = 2e-3 if setting.small else 1e-3
+    return {"epochs": 10 if setting.small else 6, "learning_rate": rate, "weight_decay": 0.05}
 
 
 NEURAL = "on words and characters, plus features"

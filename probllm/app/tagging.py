@@ -196,12 +196,13 @@ def train(
 ) -> Trained:
     """Train a candidate once a seed and judge each; a run that was interrupted goes on from its checkpoint."""
     score = score_of(task)
+    setting = Setting(task.vocabulary, task.rules, task.is_bio, settings.small)
     learn, stop, test = (narrow(part, candidate.fields) for part in task.data)
     trained = Trained(candidate, [], [])
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        model: Any = candidate.build(Setting(task.vocabulary, task.rules, settings.small))
-        options = candidate.options(settings.small) | ({"epochs": settings.epochs} if settings.epochs else {})
+        model: Any = candidate.build(setting)
+        options = candidate.options(setting) | ({"epochs": settings.epochs} if settings.epochs else {})
         record = fit(
             model,
             learn,
