@@ -139,13 +139,18 @@ def versions() -> str:
     return ", ".join([*parts, f"Python {platform.python_version()}", platform.machine()])
 
 
-def to_svg(picture: Picture) -> str:
-    """A figure as inline SVG whose black ink takes the page's own text colour, so that dark pages can show it."""
+def to_svg(picture: Picture, salt: str) -> str:
+    """A figure as inline SVG whose black ink takes the page's own text colour, so that dark pages can show it.
+
+    Args:
+        picture: what is drawn.
+        salt: makes the ids within the drawing; unlike that of every other picture in the page.
+    """
     import matplotlib
 
     text = io.StringIO()
-    # The salt keeps apart the ids of two pictures in one page. Glyphs are the browser's business, so none is missing.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.title}), warnings.catch_warnings():
+    # Text stays text, and its glyphs are the browser's business: none is missing.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         picture.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     drawing = text.getvalue()
@@ -165,9 +170,11 @@ def _section(outcome: Outcome) -> str:
         parts.append(f"<h3>Differences on the same sentences</h3>\n<ul>{items}</ul>")
     parts += [f"<p class='soft'>{escape(note)}</p>" for note in outcome.notes]
     for group in dict.fromkeys(picture.group for picture in outcome.pictures):
-        pictures = [_picture(picture) for picture in outcome.pictures if picture.group == group]
-        style = "pictures three" if len(pictures) == 3 else "pictures"
-        parts.append(f'<h3>{escape(group)}</h3>\n<div class="{style}">\n{"".join(pictures)}\n</div>')
+        # The number keeps apart the ids of two pictures in one page.
+        members = [(f"{outcome.name}-{n}", p) for n, p in enumerate(outcome.pictures) if p.group == group]
+        style = "pictures three" if sum(not picture.wide for _, picture in members) == 3 else "pictures"
+        drawn = "".join(_picture(picture, salt) for salt, picture in members)
+        parts.append(f'<h3>{escape(group)}</h3>\n<div class="{style}">\n{drawn}\n</div>')
     return "\n".join([*parts, "</section>"])
 
 
@@ -211,10 +218,10 @@ def _sentence(outcome: Outcome, contrast: Contrast) -> str:
     return f"{contrast.first} − {contrast.second}, {measure.name}: {value}{unit} ({low} to {high}; {verdict})"
 
 
-def _picture(picture: Picture) -> str:
+def _picture(picture: Picture, salt: str) -> str:
     style = ' class="wide"' if picture.wide else ""
     caption = f"<figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}</figcaption>"
-    return f"<figure{style}>{to_svg(picture)}{caption}</figure>"
+    return f"<figure{style}>{to_svg(picture, salt)}{caption}</figure>"
 
 
 def _plain(value: Any) -> Any:

@@ -301,22 +301,28 @@ def span_arrays(task: Task, trained: Trained) -> tuple[Any, Any, Any]:
     return tuple(np.stack(part) for part in zip(*counts, strict=True))  # type: ignore[return-value]
 
 
+def pairs(trained: list[Trained]) -> list[tuple[Trained, Trained]]:
+    """Each CRF with the softmax on the same encoder."""
+    return [
+        (a, b)
+        for a in trained
+        for b in trained
+        if a.candidate.encoder == b.candidate.encoder and (a.candidate.law, b.candidate.law) == ("CRF", "softmax")
+    ]
+
+
 def contrasts(task: Task, trained: list[Trained]) -> list[Contrast]:
-    """Each law over sequences beside the softmax on the same encoder."""
+    """What the law over sequences adds, on the same encoder and the same sentences."""
     found = []
-    for a in trained:
-        for b in trained:
-            if a.candidate.encoder != b.candidate.encoder or (a.candidate.law, b.candidate.law) != ("CRF", "softmax"):
-                continue
-            names = a.candidate.name, b.candidate.name
-            tokens = a.stack("tokens")
-            difference = paired_bootstrap(a.stack("correct"), b.stack("correct"), tokens)
-            found.append(Contrast(*names, "accuracy", difference))
-            if task.is_bio:
-                (r, p, g), (s, q, h) = span_arrays(task, a), span_arrays(task, b)
-                found.append(Contrast(*names, "span F1", paired_bootstrap(2 * r, 2 * s, p + g, q + h)))
-            difference = paired_bootstrap(a.stack("sequence_nll"), b.stack("sequence_nll"))
-            found.append(Contrast(*names, "sequence NLL", difference))
+    for a, b in pairs(trained):
+        names = a.candidate.name, b.candidate.name
+        difference = paired_bootstrap(a.stack("correct"), b.stack("correct"), a.stack("tokens"))
+        found.append(Contrast(*names, "accuracy", difference))
+        if task.is_bio:
+            (r, p, g), (s, q, h) = span_arrays(task, a), span_arrays(task, b)
+            found.append(Contrast(*names, "span F1", paired_bootstrap(2 * r, 2 * s, p + g, q + h)))
+        difference = paired_bootstrap(a.stack("sequence_nll"), b.stack("sequence_nll"))
+        found.append(Contrast(*names, "sequence NLL", difference))
     return found
 
 
@@ -363,13 +369,14 @@ def learning_curve(record: Run) -> tuple[list[float], list[float]]:
 
 def example_pictures(task: Task, trained: list[Trained]) -> list[Picture]:
     """Sentences on which the models disagree, with the posterior marginals of two of them."""
-    laws = {each.candidate.law: each for each in trained}  # the last of each law
-    shown = [laws[law] for law in ("softmax", "CRF") if law in laws] or trained[-1:]
+    matched = pairs(trained)
+    shown = list(reversed(matched[-1])) if matched else trained[-1:]
     wrong = np.stack([each.verdicts[0].tokens - each.verdicts[0].correct for each in shown])  # [models, sentences]
     lengths = np.array([len(tags) for tags in task.gold])
     fits = (lengths >= 4) & (lengths <= 16)
     # Most telling: one of the models errs where another does not; then, any error; short sentences are drawn in full.
     order = np.argsort(-(fits * (1 + np.ptp(wrong, axis=0) + 0.1 * wrong.max(axis=0))), kind="stable")
+    group = f"Sentences {'that the two disagree on' if len(shown) > 1 else 'and their posterior marginals'}"
     drawn = []
     for index in order[:EXAMPLES].tolist():
         words = task.sentences.test[index].words
@@ -384,5 +391,5 @@ def example_pictures(task: Task, trained: list[Trained]) -> list[Picture]:
             )
             caption = "Frames: the right tags. Dots: the chosen ones, red where wrong. Shade: posterior probability."
             title = f"{each.candidate.name} on “{' '.join(words)}”"
-            drawn.append(Picture(title, caption, figure, group="Sentences that the models disagree on"))
+            drawn.append(Picture(title, caption, figure, group=group))
     return drawn

@@ -118,7 +118,7 @@ def plot_marginals(
 ) -> "Figure":
     """Posterior marginals of one sentence: each token's column shows how its probability is shared out among the tags.
 
-    Tags that get less than 1 % everywhere, and are neither predicted nor gold, are left out.
+    Tags that get less than 5 % everywhere, and are neither predicted nor gold, are left out.
 
     Args:
         marginals: ``[length, tags]`` probabilities.
@@ -133,7 +133,7 @@ def plot_marginals(
     p = np.asarray(marginals, dtype=np.float64)
     if p.shape != (len(tokens), len(labels)):
         raise ValueError(f"marginals must be [tokens, labels] = {(len(tokens), len(labels))}; they are {p.shape}")
-    used = set(np.flatnonzero(p.max(axis=0) >= 0.01)) | set(predicted or ()) | set(gold or ())
+    used = set(np.flatnonzero(p.max(axis=0) >= 0.05)) | set(predicted or ()) | set(gold or ())
     rows = sorted(int(tag) for tag in used)
     figure, axes = _figure(1.2 + 0.42 * len(tokens), 1.1 + 0.3 * len(rows))
     _shade(axes, p[:, rows].T, BLUE)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ def outcome():
         Contrast("CRF", "HMM", "NLL", Difference(-0.1, -0.3, 0.1, 0.4)),
     ]
     pictures = [
+        Picture("Learning", "epochs", plot_learning({EVIL: ([1, 2], [3.0, 2.0])})),
         Picture("Learning", "epochs", plot_learning({EVIL: ([1, 2], [3.0, 2.0])})),
         Picture(EVIL, EVIL, plot_marginals(np.eye(2), ["<script>", "b"], ["O", "B-<i>"]), wide=True, group="Sentences"),
     ]
@@ -65,7 +67,7 @@ def test_html_is_one_well_formed_page_that_needs_no_other_file(outcome, tmp_path
     parser.feed(page)
     assert parser.open == []
     assert parser.tags.count("table") == 2
-    assert parser.tags.count("svg") == 4
+    assert parser.tags.count("svg") == 6
     assert "script" not in parser.tags
     assert not {"link", "img", "iframe"} & set(parser.tags)
     targets = [value for key, value in parser.attributes if key in ("src", "href", "xlink:href")]
@@ -85,7 +87,8 @@ def test_ids_that_pictures_refer_to_are_their_own(outcome, tmp_path):
     drawings = re.findall(r"<svg.*?</svg>", (tmp_path / "index.html").read_text(encoding="utf-8"), flags=re.DOTALL)
     used = [set(re.findall(r"url\(#(\w+)\)|href=\"#(\w+)\"", drawing)) for drawing in drawings]
     assert all(used)
-    assert used[0].isdisjoint(used[1])
+    assert len(drawings) == 3
+    assert all(a.isdisjoint(b) for a, b in combinations([ids - {("", "")} for ids in used], 2))
 
 
 def test_black_ink_follows_the_pages_colour(outcome, tmp_path):
