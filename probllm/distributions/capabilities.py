@@ -1,0 +1,61 @@
+"""What each law can do: one table, from which the documentation is written and against which the laws are tested.
+
+A member is ``exact`` (computed by a recursion, to rounding), ``sampled`` (exact draws), or a reason why the law has none;
+asking then raises ``NotImplementedError`` with that reason.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Capability = Literal["exact", "sampled"] | str
+
+# members in the order of the documentation
+MEMBERS = {
+    "log_prob": "log probability of a value",
+    "score": "unnormalised log probability of a structure",
+    "log_partition": "log of the sum over all structures",
+    "marginals": "probability of each part",
+    "mode": "a structure of the highest score",
+    "topk": "the k best structures",
+    "sample": "exact samples",
+    "log_count": "log of the number of structures allowed",
+    "entropy": "entropy",
+    "cross_entropy": "cross-entropy and KL divergence to a law over the same structures",
+    "expectation": "expectation of additive scores",
+    "min_risk": "the structure of the least expected loss",
+    "condition": "the law given what is allowed",
+    "log_prob_partial": "likelihood of a partial label",
+    "sample_joint": "samples of hidden and observed together",
+    "posterior": "the law of what is hidden given what is observed",
+}
+
+_OVER_STRUCTURES: dict[str, Capability] = {
+    name: "sampled" if name == "sample" else "exact" for name in list(MEMBERS)[: list(MEMBERS).index("sample_joint")]
+}
+
+CAPABILITIES: dict[str, dict[str, Capability]] = {
+    "LinearChainCRF": _OVER_STRUCTURES,
+    "SecondOrderCRF": {name: value for name, value in _OVER_STRUCTURES.items() if name != "min_risk"},
+    "HiddenMarkovModel": {
+        "log_prob": "exact",
+        "mode": "intractable: every observation sequence sums over all state sequences",
+        "sample": "sampled",
+        "entropy": "intractable: every observation sequence sums over all state sequences",
+        "sample_joint": "sampled",
+        "posterior": "exact",
+    },
+}
+
+
+def table() -> str:
+    """The table as Markdown, as it stands in ``docs/laws.md``."""
+    laws = list(CAPABILITIES)
+    lines = [f"| member | what | {' | '.join(laws)} |", f"|---|---|{'---|' * len(laws)}"]
+    for member, what in MEMBERS.items():
+        cells = []
+        for law in laws:
+            value = CAPABILITIES[law].get(member, "")
+            cells.append(value.split(":")[0])
+        lines.append(f"| `{member}` | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""The laws have what the table of capabilities says, and the documentation shows that table."""
+
+import re
+from pathlib import Path
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from probllm import distributions
+from probllm.distributions.capabilities import CAPABILITIES, MEMBERS, table
+
+E, A = torch.randn(2, 3, 4), torch.randn(4, 4)
+LAWS = {
+    "LinearChainCRF": distributions.LinearChainCRF(E, A),
+    "SecondOrderCRF": distributions.SecondOrderCRF(E, torch.randn(4, 4, 4), A, torch.zeros(4)),
+    "HiddenMarkovModel": distributions.HiddenMarkovModel(
+        torch.zeros(2, 4), A, dist.Normal(torch.arange(4.0), 1.0), duration=3
+    ),
+}
+
+
+def ask(law: object, member: str) -> object:
+    found = getattr(law, member)
+    if not callable(found):
+        return found
+    value = law.sample()  # type: ignore[attr-defined]
+    every = torch.ones(2, 3, 4, dtype=torch.bool)
+    arguments = {
+        "log_prob": (value,), "score": (value,), "posterior": (value,), "topk": (2,), "cross_entropy": (law,),
+        "expectation": (E,), "condition": (every,), "log_prob_partial": (every,),
+    }  # fmt: skip
+    return found(*arguments.get(member, ()))
+
+
+def test_every_law_of_the_package_is_in_the_table() -> None:
+    laws = {name for name in distributions.__all__ if name != "StructuredDistribution"}
+    assert laws == set(CAPABILITIES) == set(LAWS)
+
+
+@pytest.mark.parametrize(("name", "member"), [(name, member) for name in CAPABILITIES for member in MEMBERS])
+def test_law_has_the_member_or_says_why_not(name: str, member: str) -> None:
+    value, law = CAPABILITIES[name].get(member), LAWS[name]
+    if value in ("exact", "sampled"):
+        assert ask(law, member) is not None
+    else:
+        with pytest.raises((NotImplementedError, AttributeError)) as error:
+            ask(law, member)
+        if value is not None:
+            assert error.type is NotImplementedError
+            assert value.split(":")[0] in str(error.value)
+
+
+def test_documentation_shows_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "laws.md").read_text()
+    squeeze = re.compile(r"[ -]+")
+    assert squeeze.sub(" ", table()) in squeeze.sub(" ", page)
