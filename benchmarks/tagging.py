@@ -118,12 +118,12 @@ ENCODERS: dict[str, Callable[[TaggingVocabulary], Encoder] | None] = {
 # gradients, which leave rare features small, go on to carry over to new words.
 PLAIN = {"optimiser": "sgd", "learning_rate": 0.3, "weight_decay": 1e-4, "batch_size": 16}
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
-    ("ewt", "feature"): {"epochs": 3, "batch_size": 64, "learning_rate": 0.015},
+    ("ewt", "feature"): {"epochs": 4, "batch_size": 64, "learning_rate": 0.015},
     ("ewt", "bilstm"): {"epochs": 6, "batch_size": 32, "learning_rate": 3e-3, "weight_decay": 0.05},
-    ("ewt", "transformer"): {"epochs": 6, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.05},
+    ("ewt", "transformer"): {"epochs": 5, "batch_size": 32, "learning_rate": 3e-3, "weight_decay": 0.05, "warmup": 0.1},
     ("wnut17", "feature"): {"epochs": 4, **PLAIN},
-    ("wnut17", "bilstm"): {"epochs": 6, **PLAIN},
-    ("wnut17", "transformer"): {"epochs": 6, "batch_size": 16, "learning_rate": 5e-4, "weight_decay": 0.05},
+    ("wnut17", "bilstm"): {"epochs": 5, **PLAIN},
+    ("wnut17", "transformer"): {"epochs": 4, **PLAIN, "learning_rate": 0.1},
 }
 MODELS = ["crfsuite", *(f"{encoder}-{law}" for encoder in ENCODERS for law in ("softmax", "crf"))]
 
