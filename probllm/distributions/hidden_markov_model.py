@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.linear_chain_crf import LinearChainCRF
+from probllm.distributions.structure import is_expansion
 from probllm.math.chain import as_chain, chain_log_partition, check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
 
@@ -104,7 +105,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         for name, value in self.__dict__.items():
             new.__dict__[name] = value
         shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, shape) != shape:
+        if not is_expansion(self.batch_shape, shape):
             raise ValueError(f"batch_shape: cannot expand {list(self.batch_shape)} to {list(shape)}")
         new._batch_shape = shape
         return new

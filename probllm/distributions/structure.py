@@ -322,10 +322,16 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
             if name not in ("_batch_shape",):
                 new.__dict__[name] = value
         shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, shape) != shape:
+        if not is_expansion(self.batch_shape, shape):
             raise ValueError(f"batch_shape: cannot expand {list(self.batch_shape)} to {list(shape)}")
         new._batch_shape = shape
         return new
+
+
+def is_expansion(small: torch.Size, large: torch.Size) -> bool:
+    """Whether a tensor of the one shape can be expanded to the other."""
+    ends = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and all(n in (1, m) for n, m in ends)
 
 
 @register_kl(StructuredDistribution, StructuredDistribution)  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probllm.math.chain import as_chain, chain_log_partition
+from probllm.math.chain import as_chain, chain_log_partition, check_lengths
 from probllm.math.chain_passes import forward_backward
 from probllm.math.kernels import categorical_hmm, chain_scaled
 from probllm.math.kernels.threads import run_shares
@@ -31,6 +31,7 @@ class Counts(NamedTuple):
     emission: Tensor  # [K, V]
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def expected_counts(
     symbols: Tensor,
     initial_logits: Tensor,
@@ -47,13 +48,24 @@ def expected_counts(
         lengths: ``[B]``.
         allowed: ``[B, T, K]`` bool: states that each step may take (a partly labelled sequence); all where missing.
     Raises:
-        ValueError: for shapes that do not agree, or symbols out of range at a real position.
+        ValueError: for shapes that do not agree, lengths out of range, or symbols out of range at a real position.
     """
     if symbols.dim() != 2 or symbols.is_floating_point():
         raise ValueError(f"symbols: expected integers of shape [B, T], got {symbols.dtype} of {list(symbols.shape)}")
-    size = emission_logits.shape[1]
+    if emission_logits.dim() != 2:
+        raise ValueError(f"emission_logits: expected shape [K, V], got {list(emission_logits.shape)}")
+    k, size = emission_logits.shape
+    for name, logits, shape in (
+        ("initial_logits", initial_logits, [k]),
+        ("transition_logits", transition_logits, [k, k]),
+    ):
+        if list(logits.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(logits.shape)}")
     real = symbols
     if lengths is not None:
+        check_lengths(lengths, symbols.shape[1])
+        if lengths.shape != symbols.shape[:1]:
+            raise ValueError(f"lengths: expected shape {list(symbols.shape[:1])}, got {list(lengths.shape)}")
         real = symbols.masked_fill(torch.arange(symbols.shape[1], device=symbols.device) >= lengths.unsqueeze(1), 0)
     if real.numel():
         low, high = real.aminmax()

@@ -1,7 +1,7 @@
 """What every law over structures must satisfy, checked against the list of all its structures.
 
-A test file gives cases (a law in float64, every structure, and the score of each added up by hand) and runs ``CHECKS``. Each check
-states an identity of the law p(x) = exp(score(x)) / Z; the right-hand side is always a sum over the list.
+A test file gives cases (a law in float64, every structure, and the score of each added up by hand) and runs ``CHECKS``.
+Each check states an identity of the law p(x) = exp(score(x)) / Z; the right-hand side is always a sum over the list.
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ from torch.distributions import kl_divergence
 from probllm.distributions.structure import StructuredDistribution
 
 Parts = dict[str, Tensor]
-
-PROPERTIES = ("log_partition", "marginals", "mode", "log_count", "support", "parts")
-METHODS = (
-    "log_prob", "score", "topk", "sample", "entropy", "cross_entropy", "expectation", "min_risk", "condition", "log_prob_partial", "expand",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,6 +195,8 @@ def entropy_is_the_enumerated_one(case: Case) -> None:
 
 
 def cross_entropy_and_divergence_are_the_enumerated_ones(case: Case) -> None:
+    # marginals are right to some 1e-10 where scores are huge, and are multiplied by the other law's scores
+    rounding = 1 + size_of(case) * 1e5 if size_of(case) > 1.01 else 1.0
     for forbidden in (0.0, 0.2):
         parts = {name: x + case.noise(x, forbidden) for name, x in case.law.parts.items()}
         other = case.build(**parts)
@@ -211,11 +208,11 @@ def cross_entropy_and_divergence_are_the_enumerated_ones(case: Case) -> None:
         # where p is so small that it may be 0 in the recursion, either answer is right
         sure = ((p == 0) | (log_q > -torch.inf) | (p > 1e-290)).all(0)
         found = case.law.cross_entropy(other)
-        close(found[sure], expected[sure], size_of(case))
+        close(found[sure], expected[sure], rounding)
         divergence = kl_divergence(case.law, other)
-        close(divergence[sure], (expected - torch.special.entr(p).sum(0))[sure], size_of(case))
+        close(divergence[sure], (expected - torch.special.entr(p).sum(0))[sure], rounding)
         assert bool((divergence >= 0).all())
-    close(kl_divergence(case.law, case.law), torch.zeros(case.law.batch_shape), size_of(case))
+    close(kl_divergence(case.law, case.law), torch.zeros(case.law.batch_shape), rounding)
 
 
 def expectation_is_the_enumerated_mean(case: Case) -> None:
@@ -310,8 +307,10 @@ def expanded_law_is_the_same_law(case: Case) -> None:
 
 
 def narrow_dtypes_are_summed_wide(case: Case) -> None:
-    size = case.whole()[case.main].abs()
-    greatest = float(size[size < torch.inf].max()) if bool((size < torch.inf).any()) else 0.0
+    sizes = [
+        float(x[x.abs() < torch.inf].abs().amax()) for x in case.law.parts.values() if bool((x.abs() < torch.inf).any())
+    ]
+    greatest = max(sizes, default=0.0)
     for dtype, digits in ((torch.float32, 1e-4), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
         if dtype == torch.float16 and greatest > 1e3:
             continue

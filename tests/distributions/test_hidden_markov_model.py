@@ -203,8 +203,7 @@ def test_a_state_that_nothing_follows_has_finite_gradients() -> None:
 def test_intractable_members_raise(member: str) -> None:
     law = HiddenMarkovModel(torch.zeros(2), torch.zeros(2, 2), dist.Categorical(logits=torch.zeros(2, 3)), duration=4)
     with pytest.raises(NotImplementedError):
-        found = getattr(law, member)
-        found()
+        getattr(law, member)()
 
 
 def test_expanded_law_scores_and_samples() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import pyro
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from probllm.distributions import LinearChainCRF
 from tests.distributions import battery
-from tests.distributions.battery import Case, Parts, close, size_of
+from tests.distributions.battery import Case, Parts
 
 
 def score_of_all(structures: Tensor, lengths: Tensor, batch: torch.Size, parts: Parts) -> Tensor:
@@ -99,3 +102,110 @@ def cases(
 @given(case=cases())
 def test_battery(check: Callable[[Case], None], case: Case) -> None:
     check(case)
+
+
+def test_a_dimension_of_size_one_expands_to_independent_copies() -> None:
+    torch.manual_seed(0)
+    law = LinearChainCRF(torch.randn(2, 1, 4, 3), torch.randn(2, 1, 1, 3, 3), torch.randn(3), lengths=torch.tensor(3))
+    wide = law.expand((2, 200))
+    drawn = wide.sample()
+    assert drawn.shape == (2, 200, 4)
+    assert all(len(rows.unique(dim=0)) > 3 for rows in drawn), "copies are drawn independently"
+    assert torch.equal(wide.log_partition, law.log_partition.expand(2, 200))
+    assert torch.equal(wide.mode[:, 7], law.mode[:, 0])
+    torch.testing.assert_close(wide.log_prob(drawn).exp().mean(1), law.log_prob(drawn).exp().mean(1))
+
+
+def test_padding_of_a_value_may_be_anything_and_samples_pad_with_zero() -> None:
+    torch.manual_seed(0)
+    law = LinearChainCRF(torch.randn(3, 5, 4), torch.randn(4, 4), lengths=torch.tensor([5, 2, 1]))
+    value = law.sample()
+    padding = torch.arange(5) >= law.lengths.unsqueeze(-1)
+    assert not value[padding].any()
+    for filler in (-100, 4, 99, -1):
+        spoiled = value.masked_fill(padding, filler)
+        assert torch.equal(law.log_prob(spoiled), law.log_prob(value))
+        assert torch.equal(law.score(spoiled), law.score(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_values_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    law = LinearChainCRF(torch.randn(2, 5, 40), torch.randn(40, 40))
+    value = law.sample()
+    assert torch.equal(law.log_prob(value.to(dtype)), law.log_prob(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mode_of_large_scores_attains_the_maximum(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    emissions = (1e5 + torch.randn(20, 4, 3, generator=generator)).to(dtype)
+    transitions = (1e5 + torch.randn(3, 3, generator=generator)).to(dtype)
+    law = LinearChainCRF(emissions, transitions)
+    exact = LinearChainCRF(emissions.double(), transitions.double())
+    torch.testing.assert_close(exact.score(law.mode), exact.score(exact.mode), rtol=0, atol=1e-9)
+
+
+def _crf_program(value: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    emissions = pyro.param("emissions", lambda: torch.randn(3, 5, 4))
+    transitions = pyro.param("transitions", lambda: torch.randn(4, 4))
+    with pyro.plate("rows", 3):
+        tags: Tensor = pyro.sample("tags", LinearChainCRF(emissions, transitions, lengths=lengths), obs=value)
+    return tags
+
+
+def test_pyro_program_traces_predicts_and_learns() -> None:
+    torch.manual_seed(0)
+    lengths, value = torch.tensor([5, 3, 1]), torch.randint(0, 4, (3, 5))
+    with pyro.validation_enabled(True):
+        trace = pyro.poutine.trace(_crf_program).get_trace(value, lengths)
+        trace.compute_log_prob()
+        law = trace.nodes["tags"]["fn"]
+        assert isinstance(law, LinearChainCRF)
+        torch.testing.assert_close(trace.log_prob_sum(), law.log_prob(value).sum())
+        assert trace.nodes["tags"]["log_prob"].shape == (3,)
+        drawn = Predictive(_crf_program, num_samples=7)(None, lengths)["tags"]
+        assert drawn.shape == (7, 3, 5)
+        stacked = Predictive(_crf_program, num_samples=7, parallel=False)(None, lengths)["tags"]
+        assert stacked.dtype == torch.long
+        svi = SVI(_crf_program, lambda *_: None, pyro.optim.Adam({"lr": 0.2}), Trace_ELBO())
+        losses = [svi.step(value, lengths) for _ in range(30)]
+        assert losses[-1] < 0.5 * losses[0]
+        assert losses[0] == pytest.approx(-float(trace.log_prob_sum()), rel=1e-5)
+
+
+def test_nested_plates_expand_and_scale_and_mask() -> None:
+    torch.manual_seed(0)
+    law = LinearChainCRF(torch.randn(2, 4, 3), torch.randn(3, 3))
+
+    def program(value: Tensor | None = None) -> Tensor:
+        with pyro.plate("copies", 5, dim=-2), pyro.plate("rows", 2, dim=-1), pyro.poutine.scale(scale=3.0):
+            found: Tensor = pyro.sample("tags", law, obs=value)
+        return found
+
+    with pyro.validation_enabled(True):
+        drawn = program()
+        assert drawn.shape == (5, 2, 4)
+        total = pyro.poutine.trace(program).get_trace(drawn).log_prob_sum()
+        torch.testing.assert_close(total, 3 * law.log_prob(drawn).sum())
+        masked = law.mask(torch.tensor([True, False])).log_prob(drawn)
+        assert not masked[:, 1].any()
+        assert torch.equal(law.to_event(1).log_prob(drawn), law.log_prob(drawn).sum(-1))
+        assert law.support.check(drawn).all()
+        assert not bool(law.support.check(torch.full((4,), 3)))
+
+
+def test_a_latent_crf_in_the_guide_gives_the_elbo_of_its_kl() -> None:
+    """The score-function gradient needs log_prob of its own samples; E[ELBO] is the negative divergence."""
+    torch.manual_seed(0)
+    p, q = (LinearChainCRF(torch.randn(4, 3), torch.randn(3, 3)) for _ in range(2))
+
+    def model() -> None:
+        pyro.sample("tags", p)
+
+    def guide() -> None:
+        pyro.sample("tags", q)
+
+    losses = torch.tensor([Trace_ELBO().loss(model, guide) for _ in range(600)])
+    # five standard errors: a false alarm in two million, and the seed is fixed
+    assert abs(float(losses.mean() - kl_divergence(q, p))) < 5 * float(losses.std()) / 600**0.5

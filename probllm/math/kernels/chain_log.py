@@ -64,7 +64,7 @@ def forward_backward(  # type: ignore[no-untyped-def]
     rows, _, k = emissions.shape
     times = transitions.shape[1]
     in_group = rows // transitions.shape[0]
-    e, x, y = np.empty(k), np.empty(k), np.empty(k)
+    e, x, y, step_pairs = np.empty(k), np.empty(k), np.empty(k), np.empty((k, k))
     for index in range(first, which.size, step):
         b = which[index]
         n, g = lengths[b], b // in_group
@@ -129,13 +129,15 @@ def forward_backward(  # type: ignore[no-untyped-def]
             if t == n - 1:
                 for j in range(k):
                     x[j] += end[b, j]
-            # all pairs of this step sum to exp(maxima[t] + high) * mass
+            # all pairs of this step sum to exp(maxima[t] + high) * mass, but for the rounding of large scores
             norm = maxima[t] + high + math.log(mass)
+            mass = 0.0
             for i in range(k):
-                if a[t - 1, i] > -math.inf:
-                    for j in range(k):
-                        v = a[t - 1, i] + transitions[g, s, i, j] + x[j]
-                        if v > -math.inf:
-                            pairs[index, s, i, j] += math.exp(v - norm)
+                for j in range(k):
+                    step_pairs[i, j] = math.exp(a[t - 1, i] + transitions[g, s, i, j] + x[j] - norm)
+                    mass += step_pairs[i, j]
+            for i in range(k):
+                for j in range(k):
+                    pairs[index, s, i, j] += step_pairs[i, j] / mass
             _log_product(x, transposed[g, s], y, k)
             _shift(y, k)

@@ -1,0 +1,153 @@
+"""Expected counts of a categorical HMM: against enumeration of the states, and Baum-Welch's promise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from probllm.math.hmm import expected_counts
+
+Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rows, steps, k, size = (draw(st.integers(1, n)) for n in (3, 4, 3, 4))
+    share = draw(st.sampled_from([0.0, 0.0, 0.2]))
+
+    def logits(*shape: int) -> Tensor:
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        value = value.masked_fill(torch.rand(*shape, generator=generator) < share, -torch.inf)
+        value[..., 0] = value[..., 0].clamp_min(-1.0)
+        return value.log_softmax(-1)
+
+    symbols = torch.randint(0, size, (rows, steps), generator=generator)
+    lengths = torch.randint(1, steps + 1, (rows,), generator=generator) if draw(st.booleans()) else None
+    allowed = torch.rand(rows, steps, k, generator=generator) < 0.7 if draw(st.booleans()) else None
+    return symbols, logits(k), logits(k, k), logits(k, size), lengths, allowed
+
+
+def by_enumeration(case: Case) -> tuple[list[float], Tensor, Tensor, Tensor]:
+    symbols, initial, transition, emission, lengths, allowed = case
+    k = len(initial)
+    log_z, counts = [], [torch.zeros_like(initial), torch.zeros_like(transition), torch.zeros_like(emission)]
+    for row, x in enumerate(symbols.tolist()):
+        n = len(x) if lengths is None else int(lengths[row])
+        every = list(itertools.product(range(k), repeat=n))
+        totals = []
+        for z in every:
+            total = float(initial[z[0]]) + sum(float(emission[z[t], x[t]]) for t in range(n))
+            total += sum(float(transition[z[t - 1], z[t]]) for t in range(1, n))
+            if allowed is not None and not all(bool(allowed[row, t, z[t]]) for t in range(n)):
+                total = -math.inf
+            totals.append(total)
+        joint = torch.tensor(totals, dtype=torch.float64)
+        log_z.append(float(joint.logsumexp(0)))
+        if log_z[-1] == -math.inf:
+            continue
+        for z, p in zip(every, joint.softmax(0), strict=True):
+            counts[0][z[0]] += p
+            for t in range(n):
+                counts[2][z[t], x[t]] += p
+                if t:
+                    counts[1][z[t - 1], z[t]] += p
+    return log_z, counts[0], counts[1], counts[2]
+
+
+@given(cases())
+def test_counts_are_the_enumerated_ones(case: Case) -> None:
+    found = expected_counts(*case)
+    for one, other in zip(found, by_enumeration(case), strict=True):
+        torch.testing.assert_close(one, torch.as_tensor(other, dtype=torch.float64))
+
+
+@given(cases())
+def test_counts_add_up_to_the_data(case: Case) -> None:
+    symbols, *_, lengths, _ = case
+    found = expected_counts(*case)
+    possible = found.log_likelihood > -torch.inf
+    n = torch.full((len(symbols),), symbols.shape[1]) if lengths is None else lengths
+    assert float(found.initial.sum()) == pytest.approx(int(possible.sum()))
+    assert float(found.transition.sum()) == pytest.approx(int((n - 1)[possible].sum()))
+    real = torch.arange(symbols.shape[1]) < n.unsqueeze(1)
+    seen = torch.bincount(symbols[real & possible.unsqueeze(1)], minlength=case[3].shape[1]).double()
+    torch.testing.assert_close(found.emission.sum(0), seen)
+
+
+@given(cases(), st.integers(0, 100))
+def test_padding_may_hold_anything(case: Case, seed: int) -> None:
+    symbols, *rest, lengths, allowed = case
+    if lengths is None:
+        return
+    padding = torch.arange(symbols.shape[1]) >= lengths.unsqueeze(1)
+    spoiled = symbols.masked_fill(padding, -100)
+    for one, other in zip(expected_counts(spoiled, *rest, lengths, allowed), expected_counts(*case), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_baum_welch_never_lowers_the_likelihood(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    symbols = torch.randint(0, 6, (20, 30), generator=generator)
+    lengths = torch.randint(1, 31, (20,), generator=generator)
+    logits = [torch.randn(*s, generator=generator, dtype=dtype).log_softmax(-1) for s in ((4,), (4, 4), (4, 6))]
+    before = -math.inf
+    for _ in range(15):
+        counts = expected_counts(symbols, *logits, lengths)
+        total = float(counts.log_likelihood.double().sum())
+        assert total > before - abs(total) * (1e-6 if dtype == torch.float32 else 1e-12)
+        before = total
+        logits = [(x / x.sum(-1, keepdim=True)).log() for x in counts[1:]]
+
+
+def test_float32_and_float64_agree_on_long_sequences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    symbols = torch.randint(0, 50, (3, 4000), generator=generator)
+    logits = [torch.randn(*s, generator=generator).log_softmax(-1) for s in ((16,), (16, 16), (16, 50))]
+    narrow, wide = expected_counts(symbols, *logits), expected_counts(symbols, *(x.double() for x in logits))
+    for one, other in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "lengths", "message"),
+    [
+        (torch.zeros(3, dtype=torch.long), None, "symbols"),
+        (torch.zeros(2, 3), None, "symbols"),
+        (torch.full((2, 3), 4), None, "symbols: expected values from 0 to 3"),
+        (torch.full((2, 3), -1), None, "symbols: expected values from 0 to 3"),
+        (torch.zeros(2, 3, dtype=torch.long), torch.tensor([0, 3]), "lengths"),
+        (torch.zeros(2, 3, dtype=torch.long), torch.tensor([4, 3]), "lengths"),
+    ],
+)
+def test_bad_input_is_named(symbols: Tensor, lengths: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expected_counts(symbols, torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, 4), lengths)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((3,), (2, 2), (2, 4)), "initial_logits"),
+        (((2,), (3, 3), (2, 4)), "transition_logits"),
+        (((2,), (2, 2), (4,)), "emission_logits"),
+    ],
+)
+def test_bad_logits_are_named(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expected_counts(torch.zeros(2, 3, dtype=torch.long), *(torch.zeros(s) for s in shapes))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_nan_logits_are_refused(index: int) -> None:
+    logits = [torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, 4)]
+    logits[index].view(-1)[1] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        expected_counts(torch.ones(2, 3, dtype=torch.long), *logits)
