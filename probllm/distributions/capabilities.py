@@ -1,6 +1,6 @@
 """What each law can do: one table, from which the documentation is written and against which the laws are tested.
 
-A member is ``exact`` (computed by a recursion, to rounding), ``sampled`` (exact draws), or a reason why the law has none;
+A member is ``exact`` (computed by a recursion, to rounding), ``sampled`` (exact draws), or a reason why there is none;
 asking then raises ``NotImplementedError`` with that reason.
 """
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from probllm.math import chain_torch
 from probllm.math.chain_passes import Pass, forward_backward
+from probllm.math.untraced import untraced
 
 
 class Chain(NamedTuple):
@@ -178,6 +179,7 @@ def marginals(
     return tags.reshape(*chain.batch_shape, *tags.shape[1:]).to(emissions.dtype)
 
 
+@untraced
 def chain_log_partition(chain: Chain) -> Tensor:
     """``log_partition`` of scores already in shape: ``[B]`` float64, so that log probabilities are rounded last."""
     if chain.emissions.device.type != "cpu":
@@ -189,6 +191,7 @@ def chain_log_partition(chain: Chain) -> Tensor:
     return result
 
 
+@untraced
 def chain_expectations(chain: Chain, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Expected parts of scores already in shape, each row times its weight (1 where missing); twice differentiable.
 

@@ -16,6 +16,7 @@ from probllm.math.kernels import chain_paths as kernels
 from probllm.math.kernels.chain_scaled import BROKEN
 from probllm.math.kernels.threads import run_shares
 from probllm.math.kernels.vectors import padded
+from probllm.math.untraced import untraced
 
 
 def viterbi(
@@ -35,6 +36,7 @@ def viterbi(
     return best_paths(chain).reshape(*chain.batch_shape, emissions.shape[-2])
 
 
+@untraced
 def best_paths(chain: Chain) -> Tensor:
     """``viterbi`` of scores already in shape: ``[B, T]``."""
     if chain.emissions.device.type != "cpu":
@@ -75,6 +77,7 @@ def best_paths(chain: Chain) -> Tensor:
     return torch.from_numpy(paths)
 
 
+@untraced
 def top_k(
     emissions: Tensor,
     transitions: Tensor,
@@ -130,6 +133,7 @@ def sample(
     return paths.reshape(n, *chain.batch_shape, emissions.shape[-2])
 
 
+@untraced
 def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None) -> Tensor:
     """``sample`` of scores already in shape: ``[n, B, T]``."""
     rows, steps, k = chain.emissions.shape

@@ -20,6 +20,7 @@ from probllm.math.chain_passes import forward_backward
 from probllm.math.kernels import categorical_hmm, chain_scaled
 from probllm.math.kernels.threads import run_shares
 from probllm.math.kernels.vectors import padded
+from probllm.math.untraced import untraced
 
 
 class Counts(NamedTuple):
@@ -31,7 +32,7 @@ class Counts(NamedTuple):
     emission: Tensor  # [K, V]
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
+@untraced
 def expected_counts(
     symbols: Tensor,
     initial_logits: Tensor,
