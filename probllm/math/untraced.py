@@ -13,7 +13,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def untraced(function: Function) -> Function:
     """The function, which ``torch.compile`` calls as it is: its graph breaks there.
 
-    torch's own decorator imports the compiler, which takes seconds, at the first call; this one only where that is loaded.
+    torch's own decorator imports the compiler, which takes seconds, at the first call; this one looks if it is loaded.
     """
     hidden: list[Callable[..., Any]] = []
 
