@@ -99,6 +99,18 @@ def test_nothing_is_allowed(dtype: torch.dtype) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("kind", [(), (3, 1), (3,), (3, 3)])
+def test_transitions_that_allow_nothing(dtype: torch.dtype, kind: tuple[int, ...]) -> None:
+    """Rows of one step and rows with transitions of their own are allowed still; no gradient is NaN."""
+    scores = random_scores(3, 4, 2, dtype=dtype)
+    scores[1] = torch.zeros(*kind, 2, 2, dtype=dtype)
+    scores[1].view(-1, 2, 2)[-1] = -torch.inf
+    log_z = agree(scores, torch.tensor([1, 4, 4]))
+    assert log_z[2] == -torch.inf
+    assert log_z[0] > -torch.inf
+
+
+@dtypes
 @pytest.mark.parametrize("scale", [1e4, 1e6])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_huge_scores(dtype: torch.dtype, scale: float, sign: float) -> None:

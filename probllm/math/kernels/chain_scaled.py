@@ -106,6 +106,7 @@ def tables(transitions, table, back, offsets, spread, flags, first, step):  # ty
     x = np.empty(size, table.dtype)
     bits = np.empty(size if table.itemsize == 4 else 0, np.int32)
     power = bits.view(np.float32)
+    zero = transitions.dtype.type(0)
     for m in range(first, n, step):
         block = transitions[m].reshape(size)
         low, high = extremes(block, 0, size)
@@ -113,10 +114,8 @@ def tables(transitions, table, back, offsets, spread, flags, first, step):  # ty
         if times_zero(block, 0, size) != 0:
             low, high, broken = lowest_allowed(block, 0, size)
             flags[m] = BROKEN if broken else WIDE
-            if high == -math.inf:
-                low, high = low * 0, high * 0
-        if not high - low < 1e300:  # nothing is allowed at all
-            low, high = low * 0, low * 0
+        if high < low or not high - low < 1e300:  # nothing is allowed at all
+            low, high = zero, zero
         offsets[m], spread[m] = high, high - low
         for i in range(size):
             x[i] = block[i] - high
