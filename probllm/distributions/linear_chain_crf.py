@@ -134,14 +134,17 @@ class LinearChainCRF(StructuredDistribution):
         return sample_paths(self._chain, n).reshape(n, *self._own_shape, *self.event_shape)
 
     def _mask(self) -> Tensor | None:
-        return None if self.lengths is None else mask_from_lengths(self.lengths, self.event_shape[0])
+        lengths = self.lengths
+        if lengths is None:
+            return None
+        mask: Tensor = self._keep("mask", lambda: mask_from_lengths(lengths, self.event_shape[0]))
+        return mask
 
     def _real(self, value: Tensor) -> Tensor:
         mask = self._mask()
         return value if mask is None else torch.where(mask, value, torch.zeros_like(value))
 
     def _score(self, value: Tensor) -> Tensor:
-        value = self._real(value)
         steps, k = self.emissions.shape[-2:]
         shape = torch.broadcast_shapes(value.shape[:-1], self._own_shape)
         value = value.expand(*shape, steps)
