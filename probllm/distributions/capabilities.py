@@ -36,7 +36,7 @@ _OVER_STRUCTURES: dict[str, Capability] = {
 
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "LinearChainCRF": _OVER_STRUCTURES,
-    "SecondOrderCRF": {name: value for name, value in _OVER_STRUCTURES.items() if name != "min_risk"},
+    "SecondOrderCRF": _OVER_STRUCTURES,
     "HiddenMarkovModel": {
         "log_prob": "exact",
         "mode": "intractable: every observation sequence sums over all state sequences",

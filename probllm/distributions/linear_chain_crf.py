@@ -8,12 +8,12 @@ Source: Lafferty, McCallum and Pereira (2001).
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from probllm.distributions.structure import StructuredDistribution
+from probllm.distributions.structure import StructuredDistribution, masked
 from probllm.math.chain import Chain, as_chain, chain_expectations, chain_log_partition
 from probllm.math.chain_paths import best_paths, sample_paths, top_k
 from probllm.math.masks import mask_from_lengths
@@ -228,62 +228,11 @@ class LinearChainCRF(StructuredDistribution):
         for name, mask in (("emissions", allowed), ("transitions", transitions), ("start", start), ("end", end)):
             if mask is None:
                 continue
-            shown = "allowed" if name == "emissions" else name
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{shown}: expected dtype torch.bool, got {mask.dtype}")
             score = getattr(self, name)
             if score is None:
                 score = self.emissions.new_zeros(k)
             if name == "transitions" and mask.dim() > 2 and score.dim() == 2:
                 score = score.expand(*mask.shape[:-2], k, k)
-            try:
-                shape = torch.broadcast_shapes(score.shape, mask.shape)
-            except RuntimeError:
-                raise ValueError(
-                    f"{shown}: expected to broadcast with {list(score.shape)}, got {list(mask.shape)}"
-                ) from None
-            if (
-                shape[-(2 if name in ("emissions", "transitions") else 1) :]
-                != score.shape[-(2 if name in ("emissions", "transitions") else 1) :]
-            ):
-                raise ValueError(f"{shown}: expected shape like {list(score.shape)}, got {list(mask.shape)}")
-            scores[name] = torch.where(mask, score, torch.full_like(score, -math.inf))
-        law = self._with(**scores)
-        return (
-            law
-            if law.batch_shape == self.batch_shape
-            else law.expand(torch.broadcast_shapes(law.batch_shape, self.batch_shape))
-        )
-
-    def log_prob_partial(self, allowed: Tensor) -> Tensor:
-        """Log probability that every tag is among the allowed ones, ``[*batch]``: the likelihood of a partial label."""
-        left = self.condition(allowed)
-        log_z = self._grow(self._keep("log_z", self._log_z))
-        of_left = left._grow(left._keep("log_z", left._log_z))
-        possible = log_z > -math.inf
-        difference = of_left - torch.where(possible, log_z, torch.zeros_like(log_z))
-        return torch.where(possible, difference.clamp_max(0), torch.full_like(difference, -math.inf)).to(self._dtype)
-
-    def min_risk(self, loss: Tensor | str = "hamming") -> Tensor:
-        """The allowed sequence of the least expected loss (minimum Bayes risk), ``[*batch, T]``.
-
-        Args:
-            loss: ``"hamming"`` (the number of wrong tags), or ``[K, K]`` cost of predicting k (row) where the truth is
-                j (column), summed over the steps.
-        """
-        marginals = self._expected_parts()["emissions"].detach()
-        k = self.num_tags
-        if isinstance(loss, str):
-            if loss != "hamming":
-                raise ValueError(f"loss: expected 'hamming' or a [{k}, {k}] tensor, got {loss!r}")
-            gain = marginals
-        else:
-            if loss.shape != (k, k):
-                raise ValueError(f"loss: expected 'hamming' or shape [{k}, {k}], got {list(loss.shape)}")
-            gain = -(marginals @ loss.to(marginals.dtype).T)
-        hard: dict[str, Any] = {
-            name: torch.zeros_like(x).masked_fill(x == -math.inf, -math.inf) for name, x in self.parts.items()
-        }
-        hard["emissions"] = gain + hard["emissions"]
-        law = self._with(**hard)
-        return self._grow(law._best())
+            shown = "allowed" if name == "emissions" else name
+            scores[name] = masked(shown, score, mask, 2 if name in ("emissions", "transitions") else 1)
+        return self._conditioned(**scores)

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from probllm.distributions.structure import StructuredDistribution
+from probllm.distributions.structure import StructuredDistribution, masked
 from probllm.math import second_order
 from probllm.math.chain_paths import top_k
 from probllm.math.masks import mask_from_lengths
@@ -74,13 +74,7 @@ class SecondOrderCRF(StructuredDistribution):
 
     def condition(self, allowed: Tensor) -> Self:
         """The law given that the tags are among the allowed ones (bool ``[..., T, K]``), its mass kept."""
-        return self._with(emissions=torch.where(allowed, self.emissions, -math.inf))
-
-    def log_prob_partial(self, allowed: Tensor) -> Tensor:
-        """Log probability that every tag is an allowed one, ``[*batch]``: the likelihood of a partial label."""
-        possible = self.log_partition > -math.inf
-        log_prob = self.condition(allowed).log_partition - torch.where(possible, self.log_partition, 0.0)
-        return torch.where(possible, log_prob.clamp_max(0), -math.inf)
+        return self._conditioned(emissions=masked("allowed", self.emissions, allowed, _ORDERS["emissions"]))
 
     # What the base derives the rest from.
 
@@ -106,7 +100,8 @@ class SecondOrderCRF(StructuredDistribution):
         return self._rows("emissions"), self.start, self.second, self.transitions
 
     def _log_z(self) -> Tensor:
-        return second_order.log_partition(*self._scores(), self.lengths)
+        emissions, start, second, transitions = self._scores()
+        return second_order.log_partition(emissions.double(), start, second, transitions, self.lengths)  # rounded last
 
     def _gradient(self, emissions: Tensor, *steps: Tensor) -> list[Tensor]:
         """The gradient of log Z in the emissions and, where given, in a start, second and transitions for each row."""

@@ -137,11 +137,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         return self._grow(self._keep("log_count", self._log_of_count))
 
     def _log_of_count(self) -> Tensor:
-        flat = {
-            name: torch.zeros_like(s, dtype=torch.float64).masked_fill(s == -math.inf, -math.inf)
-            for name, s in self.parts.items()
-        }
-        return self._with(**flat)._log_z()
+        return self._with(**self._allowed(torch.float64))._log_z()
 
     def _expected_parts(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self._keep("expected", self._expected)
@@ -315,6 +311,57 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         mean = self._mean_of(scores)
         return mean.expand(torch.broadcast_shapes(mean.shape, self.batch_shape)).to(self._dtype)
 
+    def condition(self, allowed: Tensor) -> Self:
+        """The law given that the structure is allowed; its ``log_partition`` keeps the mass of what is left."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in condition")
+
+    def _conditioned(self, **parts: Tensor) -> Self:
+        """The law with some parts masked, over a batch no smaller than this one's."""
+        law = self._with(**parts)
+        return law.expand(torch.broadcast_shapes(law.batch_shape, self.batch_shape))
+
+    def log_prob_partial(self, allowed: Tensor) -> Tensor:
+        """Log probability that the structure is an allowed one, ``[*batch]``: the likelihood of a partial label.
+
+        Args:
+            allowed: bool, as in ``condition``.
+        """
+        left = self.condition(allowed)
+        log_z = self._grow(self._keep("log_z", self._log_z))
+        of_left = left._grow(left._keep("log_z", left._log_z))
+        possible = log_z > -math.inf
+        difference = of_left - torch.where(possible, log_z, torch.zeros_like(log_z))
+        return torch.where(possible, difference.clamp_max(0), torch.full_like(difference, -math.inf)).to(self._dtype)
+
+    def min_risk(self, loss: Tensor | str = "hamming") -> Tensor:
+        """The allowed structure of the least expected loss (minimum Bayes risk), ``[*batch, *event]``.
+
+        Args:
+            loss: ``"hamming"`` (the number of wrong main parts: of a sequence, its wrong tags), or ``[K, K]`` cost of
+                predicting k (row) where the truth is j (column), summed over the steps.
+        """
+        main = next(iter(self.parts))
+        marginals = self._expected_parts()[main].detach()
+        k = marginals.shape[-1]
+        if isinstance(loss, str):
+            if loss != "hamming":
+                raise ValueError(f"loss: expected 'hamming' or a [{k}, {k}] tensor, got {loss!r}")
+            gain = marginals
+        else:
+            if loss.shape != (k, k):
+                raise ValueError(f"loss: expected 'hamming' or shape [{k}, {k}], got {list(loss.shape)}")
+            gain = -(marginals @ loss.to(marginals.dtype).T)
+        hard = self._allowed(self._dtype)
+        hard[main] = gain + hard[main]
+        return self._grow(self._with(**hard)._best())
+
+    def _allowed(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The parts with every finite score 0: what is allowed and nothing else."""
+        return {
+            name: torch.zeros_like(x, dtype=dtype).masked_fill(x == -math.inf, -math.inf)
+            for name, x in self.parts.items()
+        }
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same law over a larger batch; scores are not copied, and what was computed is shared."""
         new: Self = self._get_checked_instance(type(self), _instance)
@@ -326,6 +373,21 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
             raise ValueError(f"batch_shape: cannot expand {list(self.batch_shape)} to {list(shape)}")
         new._batch_shape = shape
         return new
+
+
+def masked(name: str, scores: Tensor, allowed: Tensor, event_dims: int) -> Tensor:
+    """Scores that are -inf where ``allowed`` is False; raises by ``name`` for a mask that does not fit them."""
+    if allowed.dtype != torch.bool:
+        raise TypeError(f"{name}: expected dtype torch.bool, got {allowed.dtype}")
+    try:
+        shape = torch.broadcast_shapes(scores.shape, allowed.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected to broadcast with {list(scores.shape)}, got {list(allowed.shape)}"
+        ) from None
+    if shape[-event_dims:] != scores.shape[-event_dims:]:
+        raise ValueError(f"{name}: expected shape like {list(scores.shape)}, got {list(allowed.shape)}")
+    return torch.where(allowed, scores, torch.full_like(scores, -math.inf))
 
 
 def is_expansion(small: torch.Size, large: torch.Size) -> bool:

@@ -70,13 +70,18 @@ class Case:
         leaves = {name: x.detach().clone().requires_grad_() for name, x in parts.items()}
         p = self.probabilities
         total = (p * torch.where(p > 0, self.score(leaves), 0.0)).sum()
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+        return gradients(total, leaves)
 
     def whole(self) -> Parts:
         """The parts with the main scores in the shape of the marginals."""
         parts = self.law.parts
         return {**parts, self.main: parts[self.main].expand(self.law.marginals.shape)}
+
+
+def gradients(total: Tensor, parts: Parts) -> Parts:
+    """The derivative in each part; 0 where ``total`` does not hold it (no pair in a sequence of one step)."""
+    found = torch.autograd.grad(total, list(parts.values()), allow_unused=True)
+    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(parts.items(), found, strict=True)}
 
 
 def close(found: Tensor, expected: Tensor, scale: float = 1.0) -> None:
@@ -112,12 +117,12 @@ def log_prob_depends_on_the_scores_as_by_hand(case: Case) -> None:
     leaves = {name: x.detach().clone().requires_grad_() for name, x in case.whole().items()}
     log_prob = case.build(**leaves).log_prob(value)
     assert bool((log_prob > -torch.inf).eq(case.feasible).all())
-    found = torch.autograd.grad(log_prob.sum(), list(leaves.values()))
+    found = gradients(log_prob.sum(), leaves)
     again = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
     own = case.score(again).gather(0, best).masked_fill(~case.feasible, 0.0).sum()
-    observed = torch.autograd.grad(own, list(again.values()), allow_unused=True)
-    for gradient, mine, mean in zip(found, observed, case.expected(leaves).values(), strict=True):
-        close(gradient, (torch.zeros_like(mean) if mine is None else mine) - mean, size_of(case))
+    observed, expected = gradients(own, again), case.expected(leaves)
+    for name, gradient in found.items():
+        close(gradient, observed[name] - expected[name], size_of(case))
 
 
 def marginals_are_gradients_of_log_partition_and_enumerated_probabilities(case: Case) -> None:
@@ -126,7 +131,7 @@ def marginals_are_gradients_of_log_partition_and_enumerated_probabilities(case: 
     close(case.law.marginals, expected[case.main], size_of(case))
     leaves = {name: x.detach().clone().requires_grad_() for name, x in parts.items()}
     total = case.build(**leaves).log_partition.sum()
-    for (name, _), gradient in zip(leaves.items(), torch.autograd.grad(total, list(leaves.values())), strict=True):
+    for name, gradient in gradients(total, leaves).items():
         close(gradient, expected[name], size_of(case))
 
 

@@ -1,131 +1,89 @@
-"""The second-order law against enumeration: its whole surface, and agreement with the first order."""
+"""The second-order law: the battery of a law over structures, and agreement with the first order."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.second_order_crf import SecondOrderCRF
+from tests.distributions import battery
+from tests.distributions.battery import Case, Parts
+
+
+def score_of_all(structures: Tensor, lengths: Tensor, batch: torch.Size, parts: Parts) -> Tensor:
+    """Score of each sequence ``[N, T]`` in each row ``[N, *batch]``, step by step."""
+    k = parts["emissions"].shape[-1]
+    orders = {"emissions": 2, "transitions": 3, "second": 2, "start": 1}
+    emissions, transitions, second, start = (
+        parts[name].expand(*batch, *parts[name].shape[parts[name].ndim - order :]) for name, order in orders.items()
+    )
+    assert transitions.shape[-3:] == (k, k, k)
+    z, n = structures.T, lengths.unsqueeze(-1)
+    total = start[..., z[0]]
+    for t in range(len(z)):
+        step = emissions[..., t, z[t]]
+        if t == 1:
+            step = step + second[..., z[0], z[1]]
+        if t > 1:
+            step = step + transitions[..., z[t - 2], z[t - 1], z[t]]
+        total = total + torch.where(t < n, step, 0.0)
+    return total.movedim(-1, 0)
 
 
 @st.composite
-def laws(draw: st.DrawFn, forbidden: bool = True) -> SecondOrderCRF:
-    batch, length, tags = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+def cases(draw: st.DrawFn) -> Case:
+    """Shapes, lengths, forbidden parts, scales and ties of every sort."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    scale, share = draw(st.sampled_from([1.0, 5.0])), draw(st.sampled_from([0.0, 0.2])) if forbidden else 0.0
+    steps, k = draw(st.sampled_from([(4, 3), (3, 3), (4, 2), (5, 2), (2, 3), (1, 3), (3, 1), (1, 1), (2, 2)]))
+    batch = draw(st.sampled_from([(), (2,), (1,), (2, 3), (0,)]))
+    scale = draw(st.sampled_from([1.0, 1.0, 30.0, 1e4, 1e6]))
+    share = draw(st.sampled_from([0.0, 0.0, 0.2, 0.5]))
+    ties = draw(st.booleans())
 
     def scores(*shape: int) -> Tensor:
-        value = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        value = scale * (value.round() if ties else value)
         return value.masked_fill(torch.rand(*shape, generator=generator) < share, -torch.inf)
 
-    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
-    own = (batch,) if draw(st.booleans()) else ()
-    return SecondOrderCRF(
-        scores(batch, length, tags),
-        scores(*own, tags, tags, tags),
-        scores(*own, tags, tags),
-        scores(*own, tags),
-        lengths,
+    some = (1, *batch[1:]) if batch else ()
+    parts = {"emissions": scores(*draw(st.sampled_from([batch, batch, (), some])), steps, k)}
+    for name, order in (("transitions", 3), ("second", 2), ("start", 1)):
+        parts[name] = scores(*draw(st.sampled_from([(), batch])), *[k] * order)
+    lengths = None
+    kind = draw(st.sampled_from(["none", "each", "short", "one"]))
+    if kind == "one":
+        lengths = torch.tensor(draw(st.integers(1, steps)))
+    elif kind != "none":
+        greatest = steps if kind == "each" or steps == 1 else steps - 1  # all rows shorter than T
+        lengths = torch.randint(1, greatest + 1, batch, generator=generator)
+
+    def build(**given: Tensor) -> SecondOrderCRF:
+        return SecondOrderCRF(**given, lengths=lengths)
+
+    law = build(**parts)
+    structures = torch.tensor(list(itertools.product(range(k), repeat=steps)))
+    every = structures.reshape(-1, *(1,) * len(law.batch_shape), steps).expand(-1, *law.batch_shape, steps)
+    return Case(
+        law,
+        build,
+        every,
+        ((every == 0) | (torch.arange(steps) < law.lengths.unsqueeze(-1))).all(-1),
+        lambda parts: score_of_all(structures, law.lengths, law.batch_shape, parts),
+        draw(st.integers(0, 2**31)),
     )
 
 
-def sequences(law: SecondOrderCRF, row: int) -> Tensor:
-    """Every sequence of a row, padded: ``[N, T]``."""
-    length, n = law.event_shape[0], int(law.lengths[row])
-    every = list(itertools.product(range(law.emissions.shape[-1]), repeat=n))
-    return torch.nn.functional.pad(torch.tensor(every), (0, length - n))
-
-
-def scores_of(law: SecondOrderCRF, row: int) -> Tensor:
-    """The score of each, added up by hand."""
-    emissions, start, second, transitions = (
-        law.parts[name].expand(*law.batch_shape, *law.parts[name].shape[law.parts[name].ndim - order :])[row]
-        for name, order in (("emissions", 2), ("start", 1), ("second", 2), ("transitions", 3))
-    )
-    totals = []
-    for z in sequences(law, row)[:, : int(law.lengths[row])].tolist():
-        total = start[z[0]] + sum(emissions[t, k] for t, k in enumerate(z))
-        total = total + second[z[0], z[1]] if len(z) > 1 else total
-        totals.append(total + sum(transitions[tuple(z[t - 2 : t + 1])] for t in range(2, len(z))))
-    return torch.stack([torch.as_tensor(x) for x in totals])
-
-
-def in_row(law: SecondOrderCRF, row: int, values: Tensor, method: str) -> Tensor:
-    """A law's numbers for values ``[N, T]`` of one row."""
-    every = torch.zeros(len(values), *law.batch_shape, *law.event_shape, dtype=torch.long)
-    every[:, row] = values
-    found: Tensor = getattr(law, method)(every)[:, row]
-    return found
-
-
-@given(laws())
-def test_score_log_prob_entropy_count_and_marginals_are_those_of_the_enumerated_law(law: SecondOrderCRF) -> None:
-    for row in range(law.batch_shape[0]):
-        every, totals = sequences(law, row), scores_of(law, row)
-        torch.testing.assert_close(in_row(law, row, every, "score"), totals)
-        possible = totals > -torch.inf
-        if not bool(possible.any()):
-            assert law.log_partition[row] == -torch.inf
-            assert bool((in_row(law, row, every, "log_prob") == -torch.inf).all())
-            assert law.entropy()[row] == 0
-            assert not law.marginals[row].any()
-            continue
-        log_probs = totals.log_softmax(0)
-        torch.testing.assert_close(in_row(law, row, every, "log_prob"), log_probs)
-        entropy = -(log_probs.exp() * torch.where(possible, log_probs, 0.0)).sum()
-        torch.testing.assert_close(law.entropy()[row], entropy, atol=1e-9, rtol=1e-7)
-        torch.testing.assert_close(law.log_count[row].exp(), possible.sum().double())
-        one_hot = torch.nn.functional.one_hot(every, law.emissions.shape[-1]).double()
-        expected = torch.einsum("n,ntk->tk", log_probs.exp(), one_hot)
-        expected[law.lengths[row] :] = 0
-        torch.testing.assert_close(law.marginals[row], expected)
-
-
-@given(laws(), st.integers(1, 5))
-def test_topk_is_sorted_distinct_and_the_best_there_are(law: SecondOrderCRF, k: int) -> None:
-    scores, found = law.topk(k)
-    for row in range(law.batch_shape[0]):
-        totals = scores_of(law, row)
-        best = totals.sort(descending=True).values[:k]
-        torch.testing.assert_close(scores[: len(best), row], best)
-        possible = found[:, row][scores[:, row] > -torch.inf]
-        assert len({tuple(z) for z in possible.tolist()}) == len(possible)
-        if best[0] > -torch.inf:
-            torch.testing.assert_close(in_row(law, row, law.mode[row : row + 1], "score")[0], best[0])
-
-
-@given(laws(forbidden=False), st.integers(0, 100))
-def test_cross_entropy_and_divergence_are_the_enumerated_ones(law: SecondOrderCRF, seed: int) -> None:
-    torch.manual_seed(seed)
-    other = law._with(**{name: x + torch.randn_like(x) for name, x in law.parts.items()})
-    torch.testing.assert_close(
-        kl_divergence(law, law), torch.zeros(law.batch_shape, dtype=torch.float64), atol=1e-9, rtol=0
-    )
-    for row in range(law.batch_shape[0]):
-        p, q = (scores_of(x, row).log_softmax(0) for x in (law, other))
-        torch.testing.assert_close(law.cross_entropy(other)[row], -(p.exp() * q).sum())
-        torch.testing.assert_close(kl_divergence(law, other)[row], (p.exp() * (p - q)).sum(), atol=1e-9, rtol=1e-7)
-
-
-@given(laws(), st.integers(0, 100))
-def test_log_prob_partial_sums_over_the_allowed_sequences(law: SecondOrderCRF, seed: int) -> None:
-    allowed = torch.rand(law.emissions.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
-    value = law.log_prob_partial(allowed)
-    for row, n in enumerate(law.lengths.tolist()):
-        totals, every = scores_of(law, row), sequences(law, row)
-        inside = torch.stack([allowed[row, torch.arange(n), z[:n]].all() for z in every])
-        if bool((totals == -torch.inf).all()):
-            assert value[row] == -torch.inf
-        else:
-            expected = torch.where(inside, totals, -torch.inf).logsumexp(0) - totals.logsumexp(0)
-            torch.testing.assert_close(value[row], expected)
+@pytest.mark.parametrize("check", battery.CHECKS, ids=lambda check: check.__name__)
+@given(case=cases())
+def test_battery(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
 
 
 def test_transitions_that_look_one_tag_back_give_the_first_order_law() -> None:
