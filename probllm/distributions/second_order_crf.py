@@ -16,6 +16,7 @@ from torch import Tensor
 
 from probllm.distributions.structure import StructuredDistribution, masked
 from probllm.math import second_order
+from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.chain_paths import top_k
 from probllm.math.masks import mask_from_lengths
 
@@ -32,7 +33,9 @@ class SecondOrderCRF(StructuredDistribution):
         start: ``[..., K]`` scores of the first tag.
         lengths: ``[...]`` long, each from 1 to T; all T if None. Leading dimensions broadcast to the batch.
     Raises:
-        ValueError: for shapes that do not fit together, or lengths out of range.
+        TypeError: for scores that are not floating point, or lengths that are not integers.
+        ValueError: for shapes that do not fit together, lengths out of range, and NaN or +inf among the scores (when
+            they are summed).
     """
 
     def __init__(
@@ -44,21 +47,26 @@ class SecondOrderCRF(StructuredDistribution):
         lengths: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if emissions.ndim < 2:
+        if emissions.ndim < 2 or 0 in emissions.shape[-2:]:
             raise ValueError(f"emissions must be [*batch, length, tags], got shape {list(emissions.shape)}")
         length, tags = emissions.shape[-2:]
         self.emissions, self.transitions, self.second, self.start = emissions, transitions, second, start
-        for name, order in list(_ORDERS.items())[1:]:
-            shape = getattr(self, name).shape
-            if shape[-order:] != (tags,) * order:
-                raise ValueError(f"{name} must end in {[tags] * order} for {tags} tags, got {list(shape)}")
+        for name, order in _ORDERS.items():
+            scores = getattr(self, name)
+            if not scores.is_floating_point():
+                raise TypeError(f"{name}: expected floating-point scores, got {scores.dtype}")
+            if name != "emissions" and scores.shape[-order:] != (tags,) * order:
+                raise ValueError(f"{name} must end in {[tags] * order} for {tags} tags, got {list(scores.shape)}")
         if lengths is None:
             lengths = torch.tensor(length, device=emissions.device)
-        elif lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= length:
-            raise ValueError(f"lengths must lie from 1 to {length}, got {int(lengths.min())} to {int(lengths.max())}")
-        leading = [getattr(self, name).shape[:-order] for name, order in _ORDERS.items()]
-        self._own_shape = torch.broadcast_shapes(*leading, lengths.shape)
-        self.lengths = lengths.expand(self._own_shape)
+        check_lengths(lengths, length)
+        leading = {name: getattr(self, name).shape[:-order] for name, order in _ORDERS.items()}
+        try:
+            self._own_shape = torch.broadcast_shapes(*leading.values(), lengths.shape)
+        except RuntimeError:
+            shapes = {name: list(shape) for name, shape in (*leading.items(), ("lengths", lengths.shape))}
+            raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
+        self.lengths = lengths.long().expand(self._own_shape)
         self._kept = {}
         super().__init__(self._own_shape, torch.Size([length]), validate_args=False)
         self._validate_args = validate_args is not False
@@ -96,8 +104,20 @@ class SecondOrderCRF(StructuredDistribution):
     def _expand_to(batch: torch.Size, name: str, x: Tensor) -> Tensor:
         return x.expand(*batch, *x.shape[x.ndim - _ORDERS[name] :])
 
+    def _matching(self, other: Self) -> dict[str, Tensor]:
+        if bool((self.lengths != other.lengths).any()):
+            raise ValueError("q: expected a law with the same lengths")
+        return other.parts
+
     def _scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self._keep("checked", self._check_scores)
         return self._rows("emissions"), self.start, self.second, self.transitions
+
+    def _check_scores(self) -> bool:
+        for name, scores in self.parts.items():
+            if not is_wrapped(scores) and scores.numel() and not bool(scores.detach().amax() < math.inf):
+                raise ValueError(f"{name}: scores must not be NaN or +inf (-inf forbids)")
+        return True
 
     def _log_z(self) -> Tensor:
         emissions, start, second, transitions = self._scores()
@@ -125,7 +145,8 @@ class SecondOrderCRF(StructuredDistribution):
 
     def _k_best(self, k: int) -> Tensor:
         """By the first-order chain of pairs (tag before, tag), the first pair's tag before being 0."""
-        emissions, start, second, transitions = (self._rows(n) for n in ("emissions", "start", "second", "transitions"))
+        emissions = self._scores()[0]
+        start, second, transitions = (self._rows(name) for name in ("start", "second", "transitions"))
         length, tags = emissions.shape[-2:]
         first = torch.full_like(second, -math.inf)
         first[..., 0, :] = start

@@ -113,8 +113,11 @@ def test_expanded_law_is_the_same_law_and_samples_are_independent() -> None:
     [
         ({"transitions": torch.zeros(2, 2)}, r"transitions must end in \[2, 2, 2\]"),
         ({"start": torch.zeros(3)}, r"start must end in \[2\]"),
-        ({"lengths": torch.tensor([0])}, "lengths must lie from 1 to 3, got 0"),
+        ({"lengths": torch.tensor([0])}, "lengths: expected values from 1 to 3, got values from 0"),
+        ({"lengths": torch.tensor([4])}, "lengths: expected values from 1 to 3"),
         ({"emissions": torch.zeros(2)}, "emissions must be"),
+        ({"emissions": torch.zeros(1, 0, 2)}, "emissions must be"),
+        ({"lengths": torch.tensor([1, 2]), "emissions": torch.zeros(3, 3, 2)}, "batch shapes do not broadcast"),
     ],
 )
 def test_bad_input(change: dict[str, Tensor], message: str) -> None:
@@ -122,3 +125,36 @@ def test_bad_input(change: dict[str, Tensor], message: str) -> None:
     scores["emissions"] = torch.zeros(1, 3, 2)
     with pytest.raises(ValueError, match=message):
         SecondOrderCRF(**{**scores, **change})
+
+
+@pytest.mark.parametrize("name", ["emissions", "transitions", "second", "start", "lengths"])
+def test_dtypes_that_do_not_fit_are_named(name: str) -> None:
+    scores = {"emissions": torch.zeros(1, 3, 2), "lengths": torch.tensor([3])}
+    scores |= {name: torch.zeros((2,) * order) for name, order in (("transitions", 3), ("second", 2), ("start", 1))}
+    scores[name] = scores[name].double() if name == "lengths" else scores[name].long()
+    with pytest.raises(TypeError, match=name):
+        SecondOrderCRF(**scores)
+
+
+@pytest.mark.parametrize("name", ["emissions", "transitions", "second", "start"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinite_scores_are_refused_whatever_is_asked(name: str, bad: float) -> None:
+    scores = {name: torch.zeros((2,) * order) for name, order in (("transitions", 3), ("second", 2), ("start", 1))}
+    scores["emissions"] = torch.zeros(1, 3, 2)
+    scores[name].view(-1)[1] = bad
+    law = SecondOrderCRF(**scores)
+    for ask in (lambda: law.log_partition, lambda: law.mode, law.sample, lambda: law.topk(2), law.entropy):
+        with pytest.raises(ValueError, match=f"{name}: scores must not be NaN"):
+            ask()
+
+
+def test_bad_arguments_of_members_are_named() -> None:
+    law = SecondOrderCRF(torch.zeros(2, 3, 2), torch.zeros(2, 2, 2), torch.zeros(2, 2), torch.zeros(2))
+    with pytest.raises(ValueError, match="same lengths"):
+        law.cross_entropy(SecondOrderCRF(*law.parts.values(), lengths=torch.tensor([3, 2])))
+    with pytest.raises(TypeError, match=r"allowed: expected dtype torch\.bool"):
+        law.condition(torch.ones(3, 2))
+    with pytest.raises(ValueError, match="allowed"):
+        law.log_prob_partial(torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="loss: expected 'hamming' or shape"):
+        law.min_risk(torch.zeros(3, 3))
