@@ -116,6 +116,28 @@ def test_float32_and_float64_agree_on_long_sequences() -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("leaving", [-math.inf, -1.0], ids=["forward", "backward"])
+def test_a_state_that_sinks_below_underflow_keeps_its_mass(leaving: float) -> None:
+    """State 1 is unlikely by 60 nats a step. Without a way there its forward mass sinks, with one its backward mass;
+    where the rare symbols come at the end it is the likelier one after all."""
+    transition = torch.tensor([[0.0, leaving], [-math.inf, 0.0]], dtype=torch.float64).log_softmax(-1)
+    emission = torch.tensor([[0.0, -60.0, -1.0], [-60.0, 0.0, -1.0]], dtype=torch.float64).log_softmax(-1)
+    initial = torch.tensor([-0.5, -1.0], dtype=torch.float64).log_softmax(-1)
+    symbols = torch.zeros(6, 24, dtype=torch.long)
+    symbols[1, 12:] = 1
+    symbols[2, 11:] = 1
+    symbols[3] = 2
+    lengths = torch.tensor([24, 24, 24, 24, 20, 1])
+    logits = (initial, transition, emission)
+    found = expected_counts(symbols, *logits, lengths)
+    by_chain = expected_counts(symbols, *logits, lengths, torch.ones(6, 24, 2, dtype=torch.bool))
+    for one, other in zip(found, by_chain, strict=True):
+        torch.testing.assert_close(one, other)
+    if leaving == -math.inf:  # each state keeps to itself, so the likelihood is a sum of two terms
+        each = torch.stack([emission[:, x[:n]].sum(-1) for x, n in zip(symbols, lengths.tolist(), strict=True)])
+        torch.testing.assert_close(found.log_likelihood, (each + initial).logsumexp(-1))
+
+
 @pytest.mark.parametrize(
     ("symbols", "lengths", "message"),
     [
