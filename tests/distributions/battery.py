@@ -257,6 +257,7 @@ def conditioning_is_bayes_rule(case: Case) -> None:
     close(law.log_prob(case.structures).masked_fill(~case.listed, -torch.inf), posterior, size_of(case))
     partial = torch.where(case.feasible, left.logsumexp(0) - torch.where(case.feasible, case.log_z, 0.0), -torch.inf)
     close(case.law.log_prob_partial(allowed), partial, size_of(case))
+    assert bool((case.law.log_prob_partial(allowed) <= 0).all())
     every = torch.ones_like(allowed)
     close(case.law.log_prob_partial(every), torch.where(case.feasible, 0.0, -torch.inf).double(), size_of(case))
 

@@ -116,6 +116,25 @@ def test_a_dimension_of_size_one_expands_to_independent_copies() -> None:
     torch.testing.assert_close(wide.log_prob(drawn).exp().mean(1), law.log_prob(drawn).exp().mean(1))
 
 
+@pytest.mark.parametrize("kinds", [((), (4,)), ((4,), ()), ((2, 1), (2, 4)), ((2, 4), (2, 1)), ((), (2, 4))])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([5, 2])])
+def test_laws_whose_transitions_are_shared_by_the_steps_or_not_are_compared(
+    kinds: tuple[tuple[int, ...], tuple[int, ...]], lengths: Tensor | None
+) -> None:
+    """Cross-entropy and divergence, and the expectation of scores that differ by step, as by pairs of each step."""
+    torch.manual_seed(0)
+    p, q = (LinearChainCRF(torch.randn(2, 5, 3), torch.randn(*kind, 3, 3), lengths=lengths) for kind in kinds)
+    every = torch.tensor(list(itertools.product(range(3), repeat=5))).unsqueeze(1)
+    once = (every == 0) | (torch.arange(5) < torch.as_tensor(5 if lengths is None else lengths).view(-1, 1))
+    weight = p.log_prob(every.expand(-1, 2, -1)).exp() * once.all(-1)
+    log_q = q.log_prob(every.expand(-1, 2, -1))
+    torch.testing.assert_close(p.cross_entropy(q), -(weight * log_q).sum(0))
+    torch.testing.assert_close(kl_divergence(p, q), (weight * (p.log_prob(every.expand(-1, 2, -1)) - log_q)).sum(0))
+    table = torch.randn(4, 3, 3)
+    expected = (p.pairwise_marginals * table).sum((-1, -2, -3))
+    torch.testing.assert_close(p.expectation({"transitions": table}), expected)
+
+
 def test_padding_of_a_value_may_be_anything_and_samples_pad_with_zero() -> None:
     torch.manual_seed(0)
     law = LinearChainCRF(torch.randn(3, 5, 4), torch.randn(4, 4), lengths=torch.tensor([5, 2, 1]))
