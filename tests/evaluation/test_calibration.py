@@ -47,6 +47,12 @@ def test_each_prediction_falls_into_the_bin_that_holds_its_confidence(case):
             assert curve.accuracy[b] == pytest.approx(correct[inside].mean())
 
 
+def test_a_bin_holds_its_upper_edge_and_the_first_bin_0():
+    curve = reliability_curve([0.0, 0.25, 0.5, 0.75, 1.0], [1, 0, 1, 0, 1], bins=4)
+    assert curve.counts.tolist() == [2, 1, 1, 1]
+    assert curve.accuracy.tolist() == [0.5, 1.0, 0.0, 1.0]
+
+
 def test_a_model_whose_labels_are_drawn_from_its_own_probabilities_is_calibrated():
     generator = np.random.default_rng(0)
     p = generator.dirichlet(np.ones(4), size=40_000)

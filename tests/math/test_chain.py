@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from probllm.distributions import LinearChainCRF
 from probllm.math import chain_torch
@@ -87,6 +88,10 @@ def test_nothing_is_allowed(dtype: torch.dtype) -> None:
     assert not law.marginals[1].any()
     assert not law.pairwise_marginals[1].any()
     assert law.entropy()[1] == 0
+    other = LinearChainCRF(*random_scores(3, 4, 2, seed=1, dtype=dtype))
+    assert law.cross_entropy(other)[1] == 0
+    assert kl_divergence(law, other)[1] == 0
+    assert other.cross_entropy(law)[1] == torch.inf
     assert law.log_count[1] == -torch.inf
     assert law.log_prob_partial(torch.ones(3, 4, 2, dtype=torch.bool))[1] == -torch.inf
     for path in (law.mode[1], law.sample((5,))[:, 1], law.min_risk()[1], law.topk(2)[1][:, 1]):
@@ -277,6 +282,16 @@ def test_vmap_of_log_prob_its_gradient_and_jacobian_is_a_loop(own: tuple[int, ..
         flat = [torch.utils._pytree.tree_leaves(x) for x in alone]
         for found, each in zip(torch.utils._pytree.tree_leaves(together), zip(*flat, strict=True), strict=True):
             torch.testing.assert_close(found, torch.stack(each))
+
+
+def test_vmap_over_a_dimension_that_is_not_the_first_is_a_loop() -> None:
+    scores = random_scores(2, 5, 3)
+    samples = [torch.randn(*x.shape, 4, dtype=torch.float64) for x in scores]
+    gradient = torch.func.grad(lambda *x: log_partition(*x).sum(), (0, 1, 2, 3))
+    together = torch.func.vmap(gradient, -1, -1)(*samples)
+    for i in range(4):
+        for found, alone in zip(together, gradient(*(x[..., i] for x in samples)), strict=True):
+            torch.testing.assert_close(found[..., i], alone)
 
 
 def test_gradients_of_samples_by_loop_of_autograd_are_those_of_vmap() -> None:
