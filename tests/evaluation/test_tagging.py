@@ -67,6 +67,7 @@ def test_unpad_undoes_padding(lengths):
         (lambda: accuracy([[1]], [[1], [2]]), "1 for 2 sentences"),
         (lambda: accuracy([[1], [1, 2]], [[1], [2]]), "sentence 1"),
         (lambda: token_nll([[[0.5, 0.5]]], [[2]]), "sentence 0"),
+        (lambda: token_nll([[[0.5, 0.5]]], [[-1]]), "sentence 0"),
         (lambda: unpad(np.zeros((2, 3)), np.ones((2, 4))), "mask's shape"),
     ],
 )

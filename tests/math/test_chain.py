@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -334,6 +336,19 @@ def test_backward_twice_gives_the_same_and_what_it_gave_is_the_callers(dtype: to
             gradient.fill_(1e9)
             for other, kept in zip(found[i + 1 :], first[i + 1 :], strict=True):
                 torch.testing.assert_close(other, kept)
+
+
+def test_a_graph_is_freed_with_its_last_name() -> None:
+    """Not when the garbage collector comes by: a training loop would pile up the passes of many steps."""
+    leaf = random_scores(2, 4, 3)[0].requires_grad_()
+    alive, value = weakref.ref(leaf), log_partition(leaf, torch.zeros(3, 3, dtype=torch.float64)).sum()
+    gc.collect()
+    gc.disable()
+    try:
+        del leaf, value
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_writing_into_marginals_does_not_change_log_prob_or_gradients() -> None:
