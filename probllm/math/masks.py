@@ -15,13 +15,16 @@ def lengths_from_mask(mask: Tensor) -> Tensor:
         ``[...]`` long, each from 1 to L.
     Raises:
         TypeError: if ``mask`` is not bool.
-        ValueError: if a row has no real position, or padding before a real position.
+        ValueError: if a row has no real position, or padding before a real position. Not under ``torch.func.vmap`` over
+            the mask, which hides its values.
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     if mask.dim() < 1:
         raise ValueError("mask: expected shape [..., length], got a scalar")
     lengths = mask.sum(-1)
+    if torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        return lengths
     if not torch.equal(mask, mask_from_lengths(lengths, mask.shape[-1])):
         raise ValueError(
             "mask: expected padding on the right only (laws take lengths); a row has padding before a word"

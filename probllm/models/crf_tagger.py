@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probllm.distributions import LinearChainCRF
 from probllm.models.model import Batch
-from probllm.models.tagger import Tagger
+from probllm.models.tagger import Tagger, state_size
 from probllm.nn.encoder import Encoder
 from probllm.nn.potentials import ChainPotentials
 
@@ -38,6 +38,7 @@ class CRFTagger(Tagger):
             ``transitions`` ``[K, K]``, ``start`` ``[K]``, ``end`` ``[K]``, each optional. A sequence that breaks them
             has probability 0, in training too.
     Raises:
+        TypeError: if the encoder is no module with ``dim``.
         ValueError: if there is neither an encoder nor scores, ``scores.dim`` is not ``num_tags``, or the rules have
             another shape.
     """
@@ -54,8 +55,7 @@ class CRFTagger(Tagger):
             raise ValueError(f"transitions is {transitions!r}, expected 'shared' or 'input'")
         if transitions == "input" and encoder is None:
             raise ValueError("transitions is 'input', but there is no encoder to score them")
-        dim = num_tags if encoder is None else encoder.dim
-        potentials = ChainPotentials(dim, num_tags, transitions, project=encoder is not None)
+        potentials = ChainPotentials(state_size(encoder, num_tags), num_tags, transitions, project=encoder is not None)
         super().__init__(encoder, num_tags, scores, potentials)
         given = {name: torch.as_tensor(rule, dtype=torch.bool) for name, rule in (rules or {}).items()}
         for name, rule in given.items():

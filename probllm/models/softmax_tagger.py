@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from probllm.models.model import Batch
-from probllm.models.tagger import Decoding, Tagger, check_decoding
+from probllm.models.tagger import Decoding, Tagger, check_decoding, state_size
 from probllm.nn.encoder import Encoder
 from probllm.nn.potentials import ChainPotentials
 
@@ -24,12 +24,14 @@ class SoftmaxTagger(Tagger):
         num_tags: K.
         scores: an encoder of ``dim`` K, whose states are added to the emissions as they are, or None.
     Raises:
+        TypeError: if the encoder is no module with ``dim``.
         ValueError: if there is neither an encoder nor scores, or ``scores.dim`` is not ``num_tags``.
     """
 
     def __init__(self, encoder: Encoder | None, num_tags: int, scores: Encoder | None = None) -> None:
-        dim = num_tags if encoder is None else encoder.dim
-        potentials = ChainPotentials(dim, num_tags, "none", start_end=False, project=encoder is not None)
+        potentials = ChainPotentials(
+            state_size(encoder, num_tags), num_tags, "none", start_end=False, project=encoder is not None
+        )
         super().__init__(encoder, num_tags, scores, potentials)
 
     def log_prob(self, batch: Batch) -> Tensor:

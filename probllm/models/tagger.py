@@ -13,12 +13,12 @@ from typing import Literal
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probllm.distributions import LinearChainCRF
 from probllm.math.masks import lengths_from_mask
 from probllm.models.model import Batch, Model
-from probllm.nn.encoder import Encoder, in_transform
+from probllm.nn.encoder import Encoder, check_mask, in_transform
 from probllm.nn.potentials import ChainPotentials
 
 Decoding = Literal["viterbi", "posterior"]
@@ -99,8 +99,10 @@ class Tagger(Model):
             ValueError: if the batch has no ``tags``, or a tag that is not known.
         """
         tags = batch.get("tags")
+        if tags is None:
+            raise ValueError("batch must have known tags at every real position")
         real = self._mask(batch, tags)
-        if tags is None or bool((tags < 0)[real].any()):
+        if bool((tags < 0)[real].any()):
             raise ValueError("batch must have known tags at every real position")
         own = self.marginals({**batch, "allowed": None}).gather(-1, torch.where(real, tags, 0).unsqueeze(-1))
         return torch.where(real, own.squeeze(-1), 1.0).log()
@@ -130,14 +132,17 @@ class Tagger(Model):
     # Within.
 
     def _scores(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        if "inputs" not in batch:
+            raise ValueError(f"batch has no inputs; its keys are {sorted(batch)}")
         inputs, mask = batch["inputs"], batch.get("mask")
         direct = None if self.scores is None else self.scores(inputs, mask)
-        if self.encoder is None:
-            assert direct is not None
-            scores: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = self.potentials(direct)
-            return scores
-        emissions, *others = self.potentials(self.encoder(inputs, mask))
-        return (emissions if direct is None else emissions + direct, *others)
+        emissions, transitions, start, end = self.potentials(
+            direct if self.encoder is None else self.encoder(inputs, mask)
+        )
+        check_mask(mask, emissions.shape[:2])  # an encoder of the user's own may not have looked
+        if self.encoder is not None and direct is not None:
+            emissions = emissions + direct
+        return emissions, transitions, start, end
 
     def _posterior(self, batch: Batch) -> LinearChainCRF:
         law, allowed = self.law(batch), batch.get("allowed")
@@ -153,6 +158,8 @@ class Tagger(Model):
         mask: Tensor | None = batch.get("mask")
         if mask is not None:
             lengths_from_mask(mask)  # which raises where the law would
+            if like is not None and like.shape[:2] != mask.shape:
+                raise ValueError(f"tags has shape {list(like.shape)}; expected {list(mask.shape)}, that of the mask")
             return mask
         if like is None:
             raise ValueError(f"batch has neither mask nor tags; its keys are {sorted(batch)}")
@@ -163,16 +170,40 @@ class Tagger(Model):
         tags, allowed = batch.get("tags"), batch.get("allowed")
         if tags is None:
             return None, allowed
-        if in_transform(tags):  # their values cannot be looked at
-            return tags, None
-        real = torch.where(self._mask(batch, tags), tags, 0)
-        low, high = (int(bound) for bound in torch.aminmax(real))
-        if low < -1 or high >= self.num_tags:
-            raise ValueError(f"tags lie from {low} to {high}; expected 0 to {self.num_tags - 1}, or -1 for unknown")
-        if low >= 0 and allowed is None:
-            return real, None
+        mask = self._mask(batch, tags)
+        real = torch.where(mask, tags, 0)
+        # A transform hides the values of tags: there, each is taken as one that may be unknown.
+        if not in_transform(tags) and real.numel():
+            low, high = (int(bound) for bound in torch.aminmax(real))
+            if low < -1 or high >= self.num_tags:
+                raise ValueError(f"tags lie from {low} to {high}; expected 0 to {self.num_tags - 1}, or -1 for unknown")
+            if low >= 0 and allowed is None:
+                return real, None
         own = (real.unsqueeze(-1) < 0) | (real.unsqueeze(-1) == torch.arange(self.num_tags, device=real.device))
-        return None, own if allowed is None else own & allowed
+        if allowed is None:
+            return None, own
+        if allowed.dtype != torch.bool or allowed.shape != own.shape:
+            raise ValueError(
+                f"allowed is {allowed.dtype} of shape {list(allowed.shape)}; expected torch.bool {list(own.shape)}"
+            )
+        return None, own & allowed
+
+
+def state_size(encoder: Encoder | None, num_tags: int) -> int:
+    """The size of the states that the potentials take: ``encoder.dim``, or K where there is no encoder.
+
+    Raises:
+        TypeError: if the encoder is not a module with a whole number as its ``dim``.
+    """
+    if encoder is None:
+        return num_tags
+    dim = getattr(encoder, "dim", None)
+    if not isinstance(encoder, nn.Module) or not isinstance(dim, int):
+        raise TypeError(
+            f"encoder is a {type(encoder).__name__} whose dim is {dim!r}; expected a module that is called as "
+            "encoder(inputs, mask) and gives states [batch, length, dim]"
+        )
+    return dim
 
 
 def check_decoding(decoding: str) -> None:

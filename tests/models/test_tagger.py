@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from unittest import mock
 
 import pyro
 import pytest
@@ -280,11 +281,69 @@ def test_fit_learns_tags_that_the_words_decide(name):
         ({"tags": torch.full((4, 5), -2)}, "tags lie from -2"),
         ({"tags": None}, "no tags to score"),
         ({"mask": torch.zeros(4, 5, dtype=torch.bool)}, "mask"),
+        ({"tags": torch.zeros(1, 5, dtype=torch.long)}, r"tags has shape \[1, 5\]; expected \[4, 5\]"),
+        ({"tags": torch.zeros(4, 4, dtype=torch.long)}, r"tags has shape \[4, 4\]; expected \[4, 5\]"),
+        ({"allowed": torch.ones(4, 3, K, dtype=torch.bool)}, r"allowed is .* expected torch.bool \[4, 5, 3\]"),
+        ({"allowed": torch.ones(4, 5, K)}, "allowed is torch.float32"),
     ],
 )
 def test_bad_batches_are_named(name, change, message):
     with pytest.raises(ValueError, match=message):
         made(name).log_prob({**BATCH, **change})
+
+
+class OwnNetwork(torch.nn.Module):
+    """A network of the user's own, which neither looks at the mask nor checks a shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim, self.embed = 6, torch.nn.Embedding(WORDS, 6)
+
+    def forward(self, inputs, mask=None):
+        return self.embed(inputs["words"])
+
+
+@pytest.mark.parametrize("kind", [CRFTagger, SoftmaxTagger])
+def test_a_mask_of_another_shape_is_named_where_the_network_does_not_look(kind):
+    model = kind(OwnNetwork(), K)
+    for mask in (torch.ones(4, 4, dtype=torch.bool), torch.ones(1, 5, dtype=torch.bool)):
+        for verb in (model.predict, model.marginals):
+            with pytest.raises(ValueError, match=r"mask has shape .* expected \[batch, length\] = \[4, 5\]"):
+                verb({"inputs": BATCH["inputs"], "mask": mask})
+    with pytest.raises(ValueError, match="batch has no inputs"):
+        model.predict({"mask": BATCH["mask"]})
+
+
+@pytest.mark.parametrize("kind", [CRFTagger, SoftmaxTagger])
+def test_what_is_no_encoder_is_named(kind):
+    for encoder in (torch.nn.Linear(3, 3), lambda inputs, mask: inputs):
+        with pytest.raises(TypeError, match=r"encoder is a .* whose dim is None"):
+            kind(encoder, K)
+
+
+@pytest.mark.parametrize("kind", [CRFTagger, SoftmaxTagger])
+def test_gradients_of_each_example_by_vmap_are_those_of_a_loop(kind):
+    model, batch = kind(OwnNetwork(), K).double().eval(), random_batch([5, 2, 1, 4])
+    batch["tags"][0, 1:3] = -1  # summed out, though a transform hides that it is not known
+    batch["tags"][3, 0] = -1
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def log_prob(weights, words, mask, tags):
+        with mock.patch.object(model, "forward", model.log_prob):
+            one = {"inputs": {"words": words[None]}, "mask": mask[None], "tags": tags[None]}
+            return torch.func.functional_call(model, weights, (one,)).squeeze(0)
+
+    arguments = batch["inputs"]["words"], batch["mask"], batch["tags"]
+    found = torch.func.vmap(torch.func.grad(log_prob), (None, 0, 0, 0))(weights, *arguments)
+    loop = [torch.func.grad(log_prob)(weights, *row) for row in zip(*arguments, strict=True)]
+    for name in weights:
+        torch.testing.assert_close(found[name], torch.stack([row[name] for row in loop]))
+
+
+@pytest.mark.parametrize("kind", [CRFTagger, SoftmaxTagger])
+def test_a_batch_of_no_sentences_has_no_log_probabilities(kind):
+    nothing = {"inputs": {"words": BATCH["inputs"]["words"][:0]}, "mask": BATCH["mask"][:0], "tags": BATCH["tags"][:0]}
+    assert kind(OwnNetwork(), K).log_prob(nothing).shape == (0,)
 
 
 @pytest.mark.parametrize("kind", [CRFTagger, SoftmaxTagger])
