@@ -34,6 +34,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         lengths: ``[*batch]`` from 1 to T.
         duration: T, where nothing else tells it; a homogeneous model needs it to be sampled.
     Raises:
+        TypeError: for logits that are no floating-point tensors, an observation law that is no distribution, or
+            lengths that are no integers.
         ValueError: for shapes that do not agree or lengths out of range.
     Source: Rabiner (1989).
     """
@@ -51,6 +53,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         validate_args: bool | None = None,
     ) -> None:
         for name, logits in (("initial_logits", initial_logits), ("transition_logits", transition_logits)):
+            if not isinstance(logits, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
             if not logits.is_floating_point():
                 raise TypeError(f"{name}: expected floating-point logits, got {logits.dtype}")
         if initial_logits.dim() < 1 or initial_logits.shape[-1] < 1:
@@ -58,6 +62,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         k = initial_logits.shape[-1]
         if transition_logits.dim() < 2 or transition_logits.shape[-2:] != (k, k):
             raise ValueError(f"transition_logits: expected [..., {k}, {k}], got {list(transition_logits.shape)}")
+        if not isinstance(observation_dist, torch.distributions.Distribution):
+            raise TypeError(f"observation_dist: expected a distribution, got {type(observation_dist).__name__}")
         over = observation_dist.batch_shape
         if not over or over[-1] not in (1, k):
             raise ValueError(f"observation_dist: expected batch shape [..., {k}] (states last), got {list(over)}")
@@ -79,14 +85,14 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         self.transition = _normalised(transition_logits)
         self.observation_dist = observation_dist
         self.lengths = lengths
+        if lengths is not None:
+            check_lengths(lengths, self.duration)
         batch = torch.broadcast_shapes(
             initial_logits.shape[:-1],
             transition_logits.shape[:-3] if transition_logits.dim() > 2 else (),
             over[:-2],
             () if lengths is None else lengths.shape,
         )
-        if lengths is not None:
-            check_lengths(lengths, self.duration)
         event = torch.Size((self.duration or 1, *observation_dist.event_shape))
         self._own_shape = torch.Size(batch)
         super().__init__(self._own_shape, event, validate_args=False)

@@ -50,9 +50,13 @@ def as_chain(
         start, end: ``[..., K]`` scores of the first and the last tag; 0 where missing.
         lengths: ``[...]`` from 1 to T; T where missing.
     Raises:
-        TypeError: for scores that are not floating point, or lengths that are not integers.
+        TypeError: for what is no tensor, scores that are not floating point, or lengths that are not integers.
         ValueError: for shapes that do not agree, or lengths out of range.
     """
+    named = (("emissions", emissions), ("transitions", transitions), ("start", start), ("end", end))
+    for name, score in named:
+        if not isinstance(score, Tensor) and (score is not None or name in ("emissions", "transitions")):
+            raise TypeError(f"{name}: expected a tensor, got {type(score).__name__}")
     if emissions.dim() < 2:
         raise ValueError(f"emissions: expected shape [..., T, K], got {list(emissions.shape)}")
     steps, k = emissions.shape[-2:]
@@ -67,7 +71,7 @@ def as_chain(
             f"transitions: expected {steps - 1} steps (or 1 for all) at dimension -3, "
             f"got shape {list(transitions.shape)}"
         )
-    for name, score in (("emissions", emissions), ("transitions", transitions), ("start", start), ("end", end)):
+    for name, score in named:
         if score is None:
             continue
         if not score.is_floating_point():
@@ -127,6 +131,8 @@ def as_chain(
 
 def check_lengths(lengths: Tensor, greatest: int | None) -> None:
     """Raises for lengths that are not integers or not from 1 to ``greatest`` (None: no bound)."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected a tensor of integers, got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if is_wrapped(lengths) or not lengths.numel():

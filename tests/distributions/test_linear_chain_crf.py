@@ -173,6 +173,13 @@ def _crf_program(value: Tensor | None = None, lengths: Tensor | None = None) -> 
     return tags
 
 
+@pytest.mark.parametrize("name", ["emissions", "transitions", "start", "end", "lengths"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    scores = {"emissions": torch.zeros(2, 4, 3), "transitions": torch.zeros(3, 3)}
+    with pytest.raises(TypeError, match=f"{name}: expected a tensor.*, got list"):
+        LinearChainCRF(**{**scores, name: [1, 2]})
+
+
 def test_pyro_program_traces_predicts_and_learns() -> None:
     torch.manual_seed(0)
     lengths, value = torch.tensor([5, 3, 1]), torch.randint(0, 4, (3, 5))
