@@ -68,7 +68,7 @@ class Measure(NamedTuple):
     def show(self, value: float) -> str:
         """A value in the column's unit."""
         if not math.isfinite(value):
-            return "∞" if value > 0 else "n/a"
+            return "n/a" if math.isnan(value) else "∞" if value > 0 else "−∞"
         if self.compact:
             for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
                 if abs(value) >= size:

@@ -213,7 +213,9 @@ def _sentence(outcome: Outcome, contrast: Contrast) -> str:
     measure = next(m for m in outcome.measures if m.name == contrast.measure)
     difference = contrast.difference
     scale, unit = (100, " points") if measure.percent else (1, "")
-    value, low, high = (f"{scale * x:+.{measure.digits}f}".replace("-", "−") for x in difference[:3])
+    value, low, high = (
+        f"{scale * x:+.{measure.digits}f}".replace("-", "−").replace("inf", "∞") for x in difference[:3]
+    )
     verdict = "the interval holds zero" if difference.holds_zero else f"p = {difference.p:.2g}"
     return f"{contrast.first} − {contrast.second}, {measure.name}: {value}{unit} ({low} to {high}; {verdict})"
 

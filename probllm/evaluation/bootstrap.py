@@ -4,12 +4,14 @@ Every score here is a ratio of sums over sentences, ``sum(numerators) / sum(deno
 tokens over tokens, entity F1 is ``2 tp`` over ``gold + predicted``, a likelihood per token is nats over tokens. A
 resample draws whole sentences with replacement, since the tokens of one sentence are not independent; where a system
 was trained several times (``[runs, sentences]``) it draws runs with replacement too. Intervals are percentiles. The
-paired test resamples the same sentences for both systems.
+paired test resamples the same sentences for both systems. One sentence says nothing of the spread among sentences: its
+interval is the whole line, and its p-value 1.
 
 Source: Efron and Tibshirani (1993), chapters 13 and 16; Berg-Kirkpatrick, Burkett and Klein (2012) for the paired
 test in NLP.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,7 +68,7 @@ def bootstrap(
     value = float(_divide(top.sum(), bottom.sum()))
     draws = _resample(top.shape, resamples, seed, lambda weigh: _divide(weigh(top), weigh(bottom)))
     low, high = _percentiles(draws, level)
-    return Estimate(value, low, high)
+    return Estimate(value, low, high) if top.shape[1] > 1 else Estimate(value, -math.inf, math.inf)
 
 
 def paired_bootstrap(
@@ -107,6 +109,8 @@ def paired_bootstrap(
         lambda weigh: _divide(weigh(a_top), weigh(a_bottom)) - _divide(weigh(b_top), weigh(b_bottom)),
     )
     low, high = _percentiles(draws, level)
+    if a_top.shape[1] == 1:
+        return Difference(value, -math.inf, math.inf, 1.0)
     slack = 1e-12 * max(1.0, abs(value))  # a difference of exactly 0 in every resample must give p = 1, not chance
     p = (1 + int(np.sum(np.abs(draws - value) >= abs(value) - slack))) / (1 + len(draws))
     return Difference(value, low, high, p)

@@ -17,6 +17,7 @@ from probllm.evaluation import Estimate
         (Measure("accuracy", 1, 2, percent=True), 0.95678, "95.68"),
         (Measure("NLL", -1, 3), 0.12345, "0.123"),
         (Measure("NLL", -1, 3), math.inf, "∞"),
+        (Measure("NLL", -1, 3), -math.inf, "−∞"),
         (Measure("NLL", -1, 3), math.nan, "n/a"),
         (Measure("params", 0, 0, compact=True), 312, "312"),
         (Measure("params", 0, 0, compact=True), 16_865_000, "16.9M"),

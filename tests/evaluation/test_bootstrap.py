@@ -49,6 +49,11 @@ def test_a_constant_score_has_an_interval_of_no_width():
     assert bootstrap([3, 6, 9], [4, 8, 12]) == pytest.approx((0.75, 0.75, 0.75))
 
 
+def test_one_sentence_tells_no_spread_and_no_difference():
+    assert bootstrap([3], [4]) == (0.75, -np.inf, np.inf)
+    assert paired_bootstrap([[1.0], [2.0]], [[5.0], [4.0]]) == (-3.0, -np.inf, np.inf, 1.0)
+
+
 def test_interval_of_a_mean_has_the_width_of_the_central_limit():
     values = np.random.default_rng(1).normal(2.0, 3.0, size=2000)
     estimate = bootstrap(values, resamples=4000)
