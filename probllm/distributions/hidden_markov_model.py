@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.linear_chain_crf import LinearChainCRF
-from probllm.distributions.structure import is_expansion
+from probllm.distributions.structure import expanded
 from probllm.math.chain import as_chain, chain_log_partition, check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
 
@@ -107,14 +107,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         return constraints.independent(inner, 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        new: Self = self._get_checked_instance(type(self), _instance)
-        for name, value in self.__dict__.items():
-            new.__dict__[name] = value
-        shape = torch.Size(batch_shape)
-        if not is_expansion(self.batch_shape, shape):
-            raise ValueError(f"batch_shape: cannot expand {list(self.batch_shape)} to {list(shape)}")
-        new._batch_shape = shape
-        return new
+        return expanded(self, batch_shape, _instance)
 
     def emissions(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x_t | z_t = k) as ``[..., T, K]``; 0 where ``observed`` is False, and on padding.

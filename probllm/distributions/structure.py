@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -364,15 +364,21 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same law over a larger batch; scores are not copied, and what was computed is shared."""
-        new: Self = self._get_checked_instance(type(self), _instance)
-        for name, value in self.__dict__.items():
-            if name not in ("_batch_shape",):
-                new.__dict__[name] = value
-        shape = torch.Size(batch_shape)
-        if not is_expansion(self.batch_shape, shape):
-            raise ValueError(f"batch_shape: cannot expand {list(self.batch_shape)} to {list(shape)}")
-        new._batch_shape = shape
-        return new
+        return expanded(self, batch_shape, _instance)
+
+
+Law = TypeVar("Law", bound=TorchDistribution)
+
+
+def expanded(law: Law, batch_shape: Any, instance: Any = None) -> Law:
+    """A law of the same class over a larger batch that shares everything with ``law``."""
+    new: Law = law._get_checked_instance(type(law), instance)
+    new.__dict__.update(law.__dict__)
+    shape = torch.Size(batch_shape)
+    if not is_expansion(law.batch_shape, shape):
+        raise ValueError(f"batch_shape: cannot expand {list(law.batch_shape)} to {list(shape)}")
+    new._batch_shape = shape
+    return new
 
 
 def masked(name: str, scores: Tensor, allowed: Tensor, event_dims: int) -> Tensor:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math.chain import is_wrapped
+from probllm.math.chain_torch import safe_logsumexp
 from probllm.math.kernels import second_order as kernels
 from probllm.math.kernels.threads import run_shares
 
@@ -51,9 +53,9 @@ def log_partition_torch(
 ) -> Tensor:
     """``log_partition`` in torch operations."""
     first, alphas = forward(emissions, start, second, transitions, lengths)
-    total = logsumexp(first, -1)
+    total = safe_logsumexp(first, -1)
     if alphas:
-        total = torch.where(lengths == 1, total, logsumexp(alphas[-1].flatten(-2), -1))
+        total = torch.where(lengths == 1, total, safe_logsumexp(alphas[-1].flatten(-2), -1))
     return total.to(emissions.dtype)
 
 
@@ -80,7 +82,7 @@ def forward(
             sums = torch.einsum("...ij,...ijk->...jk", (alpha - top.unsqueeze(-2)).exp(), factors)
             step = _safe_log(sums) + top.unsqueeze(-1) + peak
         else:
-            step = logsumexp(alpha.unsqueeze(-1) + transitions, -3)
+            step = safe_logsumexp(alpha.unsqueeze(-1) + transitions, -3)
         real = (t < lengths)[..., None, None]
         alphas.append(torch.where(real, step + emissions[..., t, None, :], alpha))
     return first, alphas
@@ -182,16 +184,11 @@ def _certified(transitions: Tensor) -> bool:
     The largest term of a sum has alpha factor 1 and a transition factor of at least exp(-range), so it cannot underflow
     if the scores of one pair, over the tag two back, lie within ``SAFE_RANGE`` of each other and none is forbidden.
     """
-    if _is_wrapped(transitions):
+    if is_wrapped(transitions):
         return False
     scores = transitions.detach()
     span = scores.amax(-3) - scores.amin(-3)  # NaN or inf where something is forbidden
     return bool((span < SAFE_RANGE).all())
-
-
-def _is_wrapped(x: Tensor) -> bool:
-    """Whether a torch.func transform hides the values of ``x``."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 class _LogPartition(torch.autograd.Function):
@@ -244,7 +241,7 @@ class _LogPartition(torch.autograd.Function):
 def _is_compilable(emissions: Tensor, *steps: Tensor) -> bool:
     """Whether the kernels take these scores: plain, on the CPU, and one table for all rows of the batch."""
     shared = all(x.numel() == emissions.shape[-1] ** (order + 1) for order, x in enumerate(steps))
-    return shared and not any(x.device.type != "cpu" or _is_wrapped(x) for x in (emissions, *steps))
+    return shared and not any(x.device.type != "cpu" or is_wrapped(x) for x in (emissions, *steps))
 
 
 def _ranges_little(emissions: Tensor, *steps: Tensor) -> bool:
@@ -271,12 +268,6 @@ def _arrays(*scores: Tensor) -> list[Any]:
 
 def _ints(lengths: Tensor) -> Any:
     return lengths.flatten().long().contiguous().numpy()
-
-
-def logsumexp(x: Tensor, dim: int) -> Tensor:
-    """``torch.logsumexp`` with gradient 0, not NaN, where everything is ``-inf``."""
-    top = _finite(x.detach().amax(dim, keepdim=True))
-    return _safe_log((x - top).exp().sum(dim)) + top.squeeze(dim)
 
 
 def _safe_log(x: Tensor) -> Tensor:
