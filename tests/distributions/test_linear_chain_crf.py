@@ -17,6 +17,7 @@ from torch.distributions import kl_divergence
 from probllm.distributions import LinearChainCRF
 from tests.distributions import battery
 from tests.distributions.battery import Case, Parts
+from tests.distributions.sequences import all_sequences, draw_lengths
 
 
 def score_of_all(structures: Tensor, lengths: Tensor, batch: torch.Size, parts: Parts) -> Tensor:
@@ -70,24 +71,14 @@ def cases(
         own = draw(st.sampled_from([None, (), batch]))
         if own is not None:
             parts[name] = scores(*own, k)
-    lengths = None
-    kind = draw(st.sampled_from(["none", "each", "short", "one"]))
-    if kind == "one":
-        lengths = torch.tensor(draw(st.integers(1, steps)))
-    elif kind != "none":
-        greatest = steps if kind == "each" or steps == 1 else steps - 1  # all rows shorter than T
-        lengths = torch.randint(1, greatest + 1, batch, generator=generator)
-        if draw(st.booleans()):
-            lengths = lengths.int()
+    lengths = draw_lengths(draw, batch, steps, generator)
 
     def build(**given: Tensor) -> LinearChainCRF:
         return LinearChainCRF(**given, lengths=lengths)
 
     law = build(**parts)
     own = torch.as_tensor(steps if lengths is None else lengths).expand(law.batch_shape)
-    structures = torch.tensor(list(itertools.product(range(k), repeat=steps)))
-    every = structures.reshape(-1, *(1,) * len(law.batch_shape), steps).expand(-1, *law.batch_shape, steps)
-    listed = ((every == 0) | (torch.arange(steps) < own.unsqueeze(-1))).all(-1)
+    structures, every, listed = all_sequences(steps, k, own, law.batch_shape)
     return Case(
         law,
         build,

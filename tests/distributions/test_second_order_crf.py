@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.second_order_crf import SecondOrderCRF
 from tests.distributions import battery
 from tests.distributions.battery import Case, Parts
+from tests.distributions.sequences import all_sequences, draw_lengths
 
 
 def score_of_all(structures: Tensor, lengths: Tensor, batch: torch.Size, parts: Parts) -> Tensor:
@@ -56,25 +56,18 @@ def cases(draw: st.DrawFn) -> Case:
     parts = {"emissions": scores(*draw(st.sampled_from([batch, batch, (), some])), steps, k)}
     for name, order in (("transitions", 3), ("second", 2), ("start", 1)):
         parts[name] = scores(*draw(st.sampled_from([(), batch])), *[k] * order)
-    lengths = None
-    kind = draw(st.sampled_from(["none", "each", "short", "one"]))
-    if kind == "one":
-        lengths = torch.tensor(draw(st.integers(1, steps)))
-    elif kind != "none":
-        greatest = steps if kind == "each" or steps == 1 else steps - 1  # all rows shorter than T
-        lengths = torch.randint(1, greatest + 1, batch, generator=generator)
+    lengths = draw_lengths(draw, batch, steps, generator)
 
     def build(**given: Tensor) -> SecondOrderCRF:
         return SecondOrderCRF(**given, lengths=lengths)
 
     law = build(**parts)
-    structures = torch.tensor(list(itertools.product(range(k), repeat=steps)))
-    every = structures.reshape(-1, *(1,) * len(law.batch_shape), steps).expand(-1, *law.batch_shape, steps)
+    structures, every, listed = all_sequences(steps, k, law.lengths, law.batch_shape)
     return Case(
         law,
         build,
         every,
-        ((every == 0) | (torch.arange(steps) < law.lengths.unsqueeze(-1))).all(-1),
+        listed,
         lambda parts: score_of_all(structures, law.lengths, law.batch_shape, parts),
         draw(st.integers(0, 2**31)),
     )
