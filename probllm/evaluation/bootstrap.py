@@ -93,7 +93,8 @@ def paired_bootstrap(
         seed: of the resampling.
     Returns:
         ``a - b`` with its interval; ``p`` is the share of resampled differences that lie at least as far from the
-        observed one as that lies from zero (the shift method), counted with one more resample so that it is never 0.
+        observed one as that lies from zero (the shift method), counted with one more resample so that it is never 0. It is NaN where the difference is
+        not finite.
     Raises:
         ValueError: for empty or misshapen input, or a level outside (0, 1).
     """
@@ -111,6 +112,8 @@ def paired_bootstrap(
     low, high = _percentiles(draws, level)
     if a_top.shape[1] == 1:
         return Difference(value, -math.inf, math.inf, 1.0)
+    if not math.isfinite(value):
+        return Difference(value, low, high, math.nan)
     slack = 1e-12 * max(1.0, abs(value))  # a difference of exactly 0 in every resample must give p = 1, not chance
     p = (1 + int(np.sum(np.abs(draws - value) >= abs(value) - slack))) / (1 + len(draws))
     return Difference(value, low, high, p)

@@ -47,7 +47,7 @@ def correct_tokens(predicted: Sequence[npt.ArrayLike], gold: Sequence[npt.ArrayL
     """
     _check_sentences(predicted, gold)
     correct = [int(np.sum(np.asarray(p) == np.asarray(g))) for p, g in zip(predicted, gold, strict=True)]
-    return np.array(correct, dtype=np.int64), np.array([np.size(g) for g in gold], dtype=np.int64)
+    return np.array(correct, dtype=np.int64), np.array([np.asarray(g).size for g in gold], dtype=np.int64)
 
 
 def accuracy(predicted: Sequence[npt.ArrayLike], gold: Sequence[npt.ArrayLike], *, seed: int = 0) -> Estimate:
@@ -114,8 +114,10 @@ def confusion_matrix(
 def _check_sentences(first: Sequence[npt.ArrayLike], gold: Sequence[npt.ArrayLike]) -> None:
     if len(first) != len(gold):
         raise ValueError(f"there must be one prediction a sentence; there are {len(first)} for {len(gold)} sentences")
-    if not gold:
+    if not len(gold):
         raise ValueError("there must be at least one sentence; there is none")
     for number, (a, b) in enumerate(zip(first, gold, strict=True)):
+        if not (np.ndim(a) and np.ndim(b)):
+            raise ValueError(f"sentence {number} is a single number; expected a sequence for each sentence")
         if len(np.asarray(a)) != len(np.asarray(b)):
             raise ValueError(f"sentence {number}: {len(np.asarray(a))} predictions for {len(np.asarray(b))} gold tags")

@@ -54,6 +54,11 @@ def test_one_sentence_tells_no_spread_and_no_difference():
     assert paired_bootstrap([[1.0], [2.0]], [[5.0], [4.0]]) == (-3.0, -np.inf, np.inf, 1.0)
 
 
+def test_a_difference_that_is_not_finite_has_no_p_value():
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(paired_bootstrap([1.0, np.inf, 2.0], [1.0, 2.0, 3.0]).p)
+
+
 def test_interval_of_a_mean_has_the_width_of_the_central_limit():
     values = np.random.default_rng(1).normal(2.0, 3.0, size=2000)
     estimate = bootstrap(values, resamples=4000)

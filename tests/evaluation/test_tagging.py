@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,13 @@ def test_accuracy_is_the_share_of_equal_tags(case):
     correct, tokens = correct_tokens(predicted, gold)
     assert correct.sum() == sum(p == g for p, g in pairs)
     assert tokens.tolist() == [len(g) for g in gold]
+
+
+def test_tags_may_be_lists_arrays_or_tensors():
+    gold = [[1, 2], [0]]
+    for kind in (list, np.array, torch.tensor):
+        assert accuracy([kind(tags) for tags in ([1, 1], [0])], [kind(tags) for tags in gold]).value == 2 / 3
+    assert accuracy(np.array([[1, 2], [0, 1]]), np.array([[1, 2], [0, 0]])).value == 3 / 4
 
 
 @given(tagged())
@@ -65,6 +73,7 @@ def test_unpad_undoes_padding(lengths):
     [
         (lambda: accuracy([], []), "at least one sentence"),
         (lambda: accuracy([[1]], [[1], [2]]), "1 for 2 sentences"),
+        (lambda: accuracy(np.array([1, 2]), np.array([1, 2])), "sentence 0 is a single number"),
         (lambda: accuracy([[1], [1, 2]], [[1], [2]]), "sentence 1"),
         (lambda: token_nll([[[0.5, 0.5]]], [[2]]), "sentence 0"),
         (lambda: token_nll([[[0.5, 0.5]]], [[-1]]), "sentence 0"),
