@@ -191,6 +191,8 @@ def _blocks(path: FilePath) -> Iterator[list[tuple[int, str]]]:
     """The runs of lines between blank lines, with their numbers."""
     block: list[tuple[int, str]] = []
     for number, line in numbered_lines(path):
+        if "\r" in line:  # several lines of an old file, which would be read as the columns of one
+            raise malformed(path, number, "a carriage return within the line; lines must end in \\n or \\r\\n")
         if line.strip(" \t"):
             block.append((number, line))
         elif block:

@@ -130,6 +130,14 @@ def test_a_malformed_column_row_is_reported_with_file_and_line(tmp_path, content
         read_tagged(path, column)
 
 
+@pytest.mark.parametrize("ending", [b"\r", b"\r\r\n"])
+def test_carriage_returns_within_a_line_are_refused_not_read_as_part_of_a_tag(tmp_path, ending):
+    path = tmp_path / "old.conll"
+    path.write_bytes(ending.join([b"the\tD", b"dog\tN", b"", b""]))
+    with pytest.raises(ValueError, match=r"old.conll:1: a carriage return within the line"):
+        read_tagged(path)
+
+
 def test_an_unknown_column_and_a_byte_that_is_not_utf8_are_named(tmp_path):
     path = tmp_path / "a.conllu"
     path.write_bytes(row().encode() + b"\n2\tcaf\xe9\n")
