@@ -38,7 +38,7 @@ class CRFTagger(Tagger):
             ``transitions`` ``[K, K]``, ``start`` ``[K]``, ``end`` ``[K]``, each optional. A sequence that breaks them
             has probability 0, in training too.
     Raises:
-        TypeError: if the encoder is no module with ``dim``.
+        TypeError: if the encoder is no module with ``dim``, or the rules are not bool.
         ValueError: if there is neither an encoder nor scores, ``scores.dim`` is not ``num_tags``, or the rules have
             another shape.
     """
@@ -57,10 +57,12 @@ class CRFTagger(Tagger):
             raise ValueError("transitions is 'input', but there is no encoder to score them")
         potentials = ChainPotentials(state_size(encoder, num_tags), num_tags, transitions, project=encoder is not None)
         super().__init__(encoder, num_tags, scores, potentials)
-        given = {name: torch.as_tensor(rule, dtype=torch.bool) for name, rule in (rules or {}).items()}
+        given = {name: torch.as_tensor(rule) for name, rule in (rules or {}).items()}
         for name, rule in given.items():
             if name not in RULES:
                 raise ValueError(f"rules has the key {name!r}, expected some of {', '.join(RULES)}")
+            if rule.dtype != torch.bool:  # scores of 0 and -inf would say the contrary of what they mean
+                raise TypeError(f"rules[{name!r}] has dtype {rule.dtype}, expected torch.bool, True = allowed")
             shape = [num_tags] * (2 if name == "transitions" else 1)
             if list(rule.shape) != shape:
                 raise ValueError(f"rules[{name!r}] has shape {list(rule.shape)}, expected {shape}")

@@ -73,6 +73,8 @@ def check_mask(mask: Tensor | None, shape: torch.Size, name: str = "mask") -> No
 
 def check_states(name: str, states: Tensor, dim: int) -> None:
     """Raise unless ``states`` is a floating tensor ``[batch, length, dim]``, ``length`` at least 1."""
+    if not isinstance(states, Tensor):
+        raise TypeError(f"{name} is a {type(states).__name__}; expected a tensor [batch, length, {dim}]")
     if not states.is_floating_point():
         raise TypeError(f"{name} has dtype {states.dtype}; expected a floating dtype")
     if states.dim() != 3 or states.shape[-1] != dim:

@@ -93,3 +93,8 @@ def test_a_sequence_that_breaks_the_rules_has_log_probability_minus_infinity():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         CRFTagger(recurrent(), K, **arguments)
+
+
+def test_rules_that_are_scores_are_refused_not_turned_round():
+    with pytest.raises(TypeError, match=r"rules\['start'\] has dtype torch.float32, expected torch.bool"):
+        CRFTagger(recurrent(), K, rules={"start": torch.tensor([0.0, -1e4, 0.0])})

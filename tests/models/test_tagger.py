@@ -314,6 +314,20 @@ def test_a_mask_of_another_shape_is_named_where_the_network_does_not_look(kind):
         model.predict({"mask": BATCH["mask"]})
 
 
+class OwnRecurrence(OwnNetwork):
+    """A network that gives more than its states, as torch's own recurrent ones do."""
+
+    def forward(self, inputs, mask=None):
+        states = super().forward(inputs)
+        return states, states[:, -1]
+
+
+@pytest.mark.parametrize("kind", [CRFTagger, SoftmaxTagger])
+def test_states_that_are_no_tensor_are_named(kind):
+    with pytest.raises(TypeError, match="states is a tuple; expected a tensor"):
+        kind(OwnRecurrence(), K).predict(BATCH)
+
+
 @pytest.mark.parametrize("kind", [CRFTagger, SoftmaxTagger])
 def test_what_is_no_encoder_is_named(kind):
     for encoder in (torch.nn.Linear(3, 3), lambda inputs, mask: inputs):
