@@ -87,12 +87,17 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         self.lengths = lengths
         if lengths is not None:
             check_lengths(lengths, self.duration)
-        batch = torch.broadcast_shapes(
-            initial_logits.shape[:-1],
-            transition_logits.shape[:-3] if transition_logits.dim() > 2 else (),
-            over[:-2],
-            () if lengths is None else lengths.shape,
-        )
+        batches = {
+            "initial_logits": initial_logits.shape[:-1],
+            "transition_logits": transition_logits.shape[:-3],
+            "observation_dist": over[:-2],
+            "lengths": () if lengths is None else lengths.shape,
+        }
+        try:
+            batch = torch.broadcast_shapes(*batches.values())
+        except RuntimeError:
+            found = ", ".join(f"{name} {list(shape)}" for name, shape in batches.items())
+            raise ValueError(f"batch shapes do not broadcast: {found}") from None
         event = torch.Size((self.duration or 1, *observation_dist.event_shape))
         self._own_shape = torch.Size(batch)
         super().__init__(self._own_shape, event, validate_args=False)

@@ -249,6 +249,11 @@ def _law(**change: Any) -> HiddenMarkovModel:
         ({"lengths": torch.tensor([0])}, ValueError, "lengths"),
         ({"lengths": torch.tensor([5])}, ValueError, "lengths"),
         ({"lengths": torch.tensor([1.0])}, TypeError, "lengths"),
+        (
+            {"initial_logits": torch.zeros(3, 2), "lengths": torch.tensor([4, 4])},
+            ValueError,
+            r"broadcast: initial_logits \[3\].*lengths \[2\]",
+        ),
         ({"lengths": [4]}, TypeError, "lengths: expected a tensor"),
         ({"initial_logits": [0.0, 0.0]}, TypeError, "initial_logits: expected a tensor, got list"),
         ({"observation_dist": torch.zeros(2, 3)}, TypeError, "observation_dist: expected a distribution, got Tensor"),
