@@ -93,8 +93,8 @@ def paired_bootstrap(
         seed: of the resampling.
     Returns:
         ``a - b`` with its interval; ``p`` is the share of resampled differences that lie at least as far from the
-        observed one as that lies from zero (the shift method), counted with one more resample so that it is never 0. It is NaN where the difference is
-        not finite.
+        observed one as that lies from zero (the shift method), counted with one more resample so that it is never 0.
+        It is NaN where the difference is not finite.
     Raises:
         ValueError: for empty or misshapen input, or a level outside (0, 1).
     """
