@@ -106,3 +106,18 @@ def test_samples_come_from_torchs_generator() -> None:
     draws = [sample(*scores, n=4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("large", ["emissions", "transitions"])
+def test_small_differences_beside_large_scores_decide_the_best_path_in_float32(large: str) -> None:
+    """Beside 1e5 float32 rounds to 0.008: every path would tie, were such rows not done in float64."""
+    generator = torch.Generator().manual_seed(0)
+    emissions, transitions = (0.001 * torch.randn(*shape, generator=generator) for shape in ((20, 6, 3), (3, 3)))
+    emissions, transitions = (
+        (torch.full_like(emissions, 1e5), transitions)
+        if large == "emissions"
+        else (emissions, torch.full_like(transitions, 1e5))
+    )
+    start = 0.001 * torch.randn(20, 3, generator=generator)
+    wide = [x.double() for x in (emissions, transitions, start)]
+    assert torch.equal(viterbi(emissions, transitions, start), viterbi(*wide))
