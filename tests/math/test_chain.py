@@ -69,6 +69,22 @@ def test_a_reachable_state_200_nats_below_an_unreachable_one(dtype: torch.dtype)
 
 
 @dtypes
+def test_a_state_that_sinks_below_underflow_and_comes_back_keeps_its_mass(dtype: torch.dtype) -> None:
+    """Each state keeps to itself; state 1 loses 60 nats a step in the first half, and state 0 in the second."""
+    scores = random_scores(3, 40, 2, 0.1, dtype=dtype)
+    scores[0][:2, :20, 1] -= 60
+    scores[0][0, 20:, 0] -= 60
+    scores[1].fill_(-torch.inf).fill_diagonal_(0)
+    agree(scores)
+    torch.testing.assert_close(log_partition(*scores).double(), by_twin(scores)[0])  # no gradient, no way back
+    paths = sample(*scores, n=200)[:, 0]
+    assert bool((paths == paths[:, :1]).all())
+    p = float(marginals(*scores)[0, 0, 1])
+    # five standard errors: a false alarm in two million, and the seed is fixed
+    assert abs(float(paths[:, 0].double().mean()) - p) < 5 * (p * (1 - p) / 200) ** 0.5
+
+
+@dtypes
 @given(st.integers(0, 1000))
 def test_forbidden_tags_and_moves(dtype: torch.dtype, seed: int) -> None:
     scores = random_scores(4, 5, 3, seed=seed, dtype=dtype)
