@@ -18,6 +18,7 @@ from torch import Tensor
 Example: TypeAlias = Mapping[str, Tensor | Mapping[str, Tensor]]
 Batch: TypeAlias = dict[str, Tensor | dict[str, Tensor]]
 
+BY_WORD = ("words", "characters", "features", "symbols")  # inputs with an entry a word
 PADDING = {"word_index": -1}  # the word of a subword, counted from 0: none; every other field is padded with 0
 POOL = 64  # batches sorted by length together: enough for tight padding, few enough to keep the order random
 
@@ -28,16 +29,21 @@ class Dataset(Sequence[Example]):
     Args:
         examples: dicts with the same keys; ``data[i]`` is an example, ``data[2:5]`` and ``data[[7, 1]]`` are Datasets.
     Raises:
-        ValueError: if two examples have different keys, or an example is a sequence without tokens.
+        TypeError: for an example that is no dict.
+        ValueError: if two examples have different keys, or an example is a sequence without tokens or has another
+            number of words than of tags.
     """
 
     def __init__(self, examples: Iterable[Example]) -> None:
         self.examples: list[Example] = list(examples)
         for index, example in enumerate(self.examples):
+            if not isinstance(example, Mapping):
+                raise TypeError(f"example {index} is a {type(example).__name__}, expected a dict of tensors")
             if example.keys() != self.examples[0].keys():
                 raise ValueError(
                     f"example {index} has the keys {sorted(example)}, but example 0 has {sorted(self.examples[0])}"
                 )
+            _check_words(index, example)
         self.lengths: list[int] = [_length(example) for example in self.examples]
         """The number of tokens of each example (1 where an example is not a sequence)."""
         if 0 in self.lengths:
@@ -199,6 +205,20 @@ def _tokens(example: Example) -> int | None:
         if tensor.ndim in (1, 2):
             return tensor.shape[0]
     return None
+
+
+def _check_words(index: int, example: Example) -> None:
+    """Raise where words and tags differ in number: in a batch with a longer example, padding would hide it."""
+    tags, inputs = example.get("tags"), example.get("inputs")
+    if not isinstance(tags, Tensor) or not tags.ndim:
+        return
+    named = inputs if isinstance(inputs, Mapping) else {}
+    by_word = {f"inputs.{name}": named[name] for name in BY_WORD if name in named}
+    if isinstance(inputs, Tensor) and inputs.ndim == 1:
+        by_word["inputs"] = inputs
+    for name, tensor in by_word.items():
+        if tensor.shape[:1] != tags.shape[:1]:
+            raise ValueError(f"example {index}: {name} has shape {list(tensor.shape)} for {len(tags)} tags")
 
 
 def _length(example: Example) -> int:

@@ -118,6 +118,11 @@ def test_slices_and_lists_of_indices_are_datasets():
     [
         (lambda: Dataset([{"inputs": torch.ones(1)}, {"tags": torch.ones(1)}]), "example 1 has the keys"),
         (lambda: Dataset([tagging_example(2, 0), tagging_example(0, 1)]), "example 1 has no tokens"),
+        (
+            lambda: Dataset([tagging_example(3, 0), {**tagging_example(3, 1), "tags": torch.ones(2)}]),
+            r"example 1: inputs.* has shape \[3.*\] for 2 tags",
+        ),
+        (lambda: Dataset([{"inputs": torch.ones(3), "tags": torch.ones(4)}]), r"example 0: inputs has shape \[3\]"),
         (lambda: Dataset.collate([]), "examples is empty"),
         (
             lambda: Dataset.collate([{"inputs": torch.ones(2)}, {"inputs": torch.ones(2, 2)}]),
@@ -140,3 +145,8 @@ def test_slices_and_lists_of_indices_are_datasets():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_example_that_is_no_dict_is_named():
+    with pytest.raises(TypeError, match="example 1 is a Tensor, expected a dict"):
+        Dataset([tagging_example(2, 0), torch.ones(2)])
