@@ -196,6 +196,8 @@ def test_long_chains_in_float32_are_those_of_float64(steps: int) -> None:
         values.append(value.detach().double())
         gradients.append([g.double() for g in torch.autograd.grad(value.sum(), leaves)])
     torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=0)
+    twin = chain_torch.log_partition(*as_chain(*wide, lengths=lengths)[:5])
+    torch.testing.assert_close(values[1], twin, rtol=1e-12, atol=0)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
