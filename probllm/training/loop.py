@@ -125,8 +125,8 @@ class Loop:
         (optimisers,) = self.optimisers.values()
         whole = 0.0
         for task, batch in zip(self.tasks, batches, strict=True):
+            losses = self._losses(task, batch, place)
             with self._precision():
-                losses = task.losses(batch)
                 total = torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
             value = self._checked(total, place, task.name)
             self._record(task, losses, value, batch_size(batch))
@@ -141,8 +141,7 @@ class Loop:
         task, total = self.tasks[0], 0.0
         seen: dict[str, Tensor] = {}
         for name, optimisers in self.optimisers.items():
-            with self._precision():
-                losses = task.losses(batch)
+            losses = self._losses(task, batch, place)
             if name not in losses:
                 raise ValueError(f"parameter_groups() has {name!r}, but losses() has {sorted(losses)} only")
             total += self._checked(losses[name], f"{place}, loss {name!r}", "")
@@ -151,6 +150,15 @@ class Loop:
             self._move(optimisers, place)
         self._record(task, seen, total, batch_size(batch))
         return total
+
+    def _losses(self, task: Task, batch: Batch, place: str) -> dict[str, Tensor]:
+        """The losses of a batch; an error, as of a law that refuses NaN scores, is told with its place."""
+        try:
+            with self._precision():
+                return task.losses(batch)
+        except ValueError as error:
+            error.add_note(f"{place}; {self._cause()}")
+            raise
 
     def _move(self, optimisers: Optimisers, place: str) -> None:
         norm = optimisers.clip(self.settings.clip)
@@ -165,17 +173,20 @@ class Loop:
     def _checked(self, loss: Tensor, place: str, task: str) -> float:
         value = float(loss.detach())
         if not math.isfinite(value):
-            names = (
-                f"the parameter {f'{prefix}.' if prefix else ''}{name} is not finite either"
-                for prefix, module in self.modules.items()
-                for name, parameter in module.named_parameters()
-                if not _is_finite(parameter)
-            )
-            cause = next(names, "all parameters are finite, so that the batch or the model is at fault")
-            raise FloatingPointError(f"{place}: the loss{task and f' of {task!r}'} is {value}; {cause}")
+            raise FloatingPointError(f"{place}: the loss{task and f' of {task!r}'} is {value}; {self._cause()}")
         if not loss.requires_grad:
             raise ValueError(f"{place}: the loss{task and f' of {task!r}'} depends on no parameter that is trained")
         return value
+
+    def _cause(self) -> str:
+        """Which parameter is not finite, if one is."""
+        names = (
+            f"the parameter {f'{prefix}.' if prefix else ''}{name} is not finite"
+            for prefix, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+            if not _is_finite(parameter)
+        )
+        return next(names, "all parameters are finite, so that the batch or the model is at fault")
 
     def _record(self, task: Task, losses: Mapping[str, Tensor], value: float, count: int) -> None:
         name = f"loss_{task.name}" if task.name else "loss"

@@ -370,6 +370,18 @@ def test_an_infinite_loss_under_finite_parameters_blames_the_batch():
         fit(Forbids(), DATA, **QUICK)
 
 
+def test_what_the_model_refuses_is_told_with_its_place():
+    class Refuses(TinyTagger):
+        def loss(self, batch):
+            raise ValueError("emissions: a score is NaN")
+
+    with pytest.raises(ValueError, match="emissions: a score is NaN") as caught:
+        fit(Refuses(), DATA, **QUICK)
+    assert caught.value.__notes__ == [
+        "epoch 1, batch 1 of 4; all parameters are finite, so that the batch or the model is at fault"
+    ]
+
+
 def test_a_gradient_that_is_nan_names_the_parameter():
     class Breaks(TinyTagger):
         def loss(self, batch):
