@@ -98,7 +98,7 @@ class Tagger(Model):
         Raises:
             ValueError: if the batch has no ``tags``, or a tag that is not known.
         """
-        tags = batch.get("tags")
+        tags = self._tags(batch)
         if tags is None:
             raise ValueError("batch must have known tags at every real position")
         real = self._mask(batch, tags)
@@ -165,9 +165,15 @@ class Tagger(Model):
             raise ValueError(f"batch has neither mask nor tags; its keys are {sorted(batch)}")
         return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
 
+    def _tags(self, batch: Batch) -> Tensor | None:
+        tags: Tensor | None = batch.get("tags")
+        if tags is not None and tags.dtype not in (torch.long, torch.int):
+            raise TypeError(f"tags has dtype {tags.dtype}; expected torch.long")
+        return tags if tags is None or tags.dtype == torch.long else tags.long()  # long() would wrap it in a transform
+
     def _known(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The tags if all are known, else what they may be, ``[B, L, K]``; two times None if nothing is given."""
-        tags, allowed = batch.get("tags"), batch.get("allowed")
+        tags, allowed = self._tags(batch), batch.get("allowed")
         if tags is None:
             return None, allowed
         mask = self._mask(batch, tags)

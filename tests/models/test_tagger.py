@@ -292,6 +292,13 @@ def test_bad_batches_are_named(name, change, message):
         made(name).log_prob({**BATCH, **change})
 
 
+@pytest.mark.parametrize("name", ["crf", "softmax"])
+def test_tags_that_are_no_integers_are_named(name):
+    for verb in (made(name).log_prob, made(name).token_log_prob):
+        with pytest.raises(TypeError, match=r"tags has dtype torch.float32; expected torch.long"):
+            verb({**BATCH, "tags": torch.zeros(4, 5)})
+
+
 class OwnNetwork(torch.nn.Module):
     """A network of the user's own, which neither looks at the mask nor checks a shape."""
 
