@@ -417,6 +417,19 @@ def test_expected_transitions_are_the_gradient_for_every_kind_of_transitions(kin
 
 
 @dtypes
+@pytest.mark.parametrize("k", [4, 7, 8, 9, 16, 17, 32, 33, 48, 65, 80])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_every_width_of_the_register_tiles(dtype: torch.dtype, k: int, rows: int) -> None:
+    """Widths are 4, 8 and multiples of 16, walked in strips of 16, 32 and 64; rows in blocks of four, or one alone."""
+    scores = random_scores(rows, 4, k, dtype=dtype)
+    agree(scores)
+    path = viterbi(*scores)
+    best = chain_torch.best_paths(*as_chain(*(x.double() for x in scores))[:5])
+    law = LinearChainCRF(*(x.double() for x in scores))
+    torch.testing.assert_close(law.score(path), law.score(best), rtol=0, atol=1e-5)
+
+
+@dtypes
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_rows_that_share_transitions_add_up_within_their_group(dtype: torch.dtype, scale: float, steps: int) -> None:
