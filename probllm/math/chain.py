@@ -276,7 +276,7 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        scores = _fold(info.batch_size, in_dims[:5], inputs[:5])
+        scores = fold(info.batch_size, in_dims[:5], inputs[:5])
         result = _LogPartition.apply(*scores, [])  # type: ignore[no-untyped-call]
         return result.view(info.batch_size, -1), 0
 
@@ -317,12 +317,12 @@ class _Expectations(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         n = info.batch_size
-        weights = _fold_one(n, in_dims[0], inputs[0])
+        weights = fold_one(n, in_dims[0], inputs[0])
         emissions, transitions, start, end, lengths = inputs[1:]
         own = in_dims[2] is not None
         if not own:  # each sample wants the expected transitions of its own rows
             transitions, in_dims = transitions.expand(n, *transitions.shape), (*in_dims[:2], 0, *in_dims[3:])
-        scores = _fold(n, in_dims[1:], (emissions, transitions, start, end, lengths))
+        scores = fold(n, in_dims[1:], (emissions, transitions, start, end, lengths))
         outputs = _expectations(weights, *scores)
         return tuple(x.view(n, -1, *x.shape[1:]) for x in outputs), (0, 0, 0, 0)
 
@@ -332,20 +332,20 @@ def _expectations(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return outputs
 
 
-def _fold_one(n: int, dim: int | None, x: Tensor) -> Tensor:
+def fold_one(n: int, dim: int | None, x: Tensor) -> Tensor:
     """[b, ...] of each of n samples -> [n b, ...]."""
     x = x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.reshape(-1, *x.shape[2:])
 
 
-def _fold(n: int, dims: tuple[int | None, ...], scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def fold(n: int, dims: tuple[int | None, ...], scores: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Turns the dimension that ``vmap`` adds into rows of the batch; shared transitions stay shared."""
     emissions, transitions, start, end, lengths = scores
     if dims[1] is None and transitions.shape[0] == 1:
         table = transitions
     else:
-        table = _fold_one(n, dims[1], transitions)
-    others = [_fold_one(n, d, x) for d, x in zip((dims[0], *dims[2:]), (emissions, start, end, lengths), strict=True)]
+        table = fold_one(n, dims[1], transitions)
+    others = [fold_one(n, d, x) for d, x in zip((dims[0], *dims[2:]), (emissions, start, end, lengths), strict=True)]
     return others[0], table, *others[1:]
 
 

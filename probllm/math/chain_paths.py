@@ -1,16 +1,20 @@
 """Single tag sequences of a linear chain: the best, the k best, and exact samples; compiled on the CPU, torch on a GPU.
 
-Scores as in ``chain.as_chain``. A row in which nothing is allowed gives -1 throughout; padding is 0.
+Scores as in ``chain.as_chain``. A row in which nothing is allowed gives -1 throughout; padding is 0. Sequences have no
+derivative; all run under ``torch.func``, ``vmap`` too (samples with ``randomness="different"``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from probllm.math import chain_torch
-from probllm.math.chain import Chain, as_chain
+from probllm.math.chain import Chain, as_chain, fold
 from probllm.math.chain_passes import forward_backward
 from probllm.math.kernels import chain_paths as kernels
 from probllm.math.kernels.chain_scaled import BROKEN
@@ -36,17 +40,125 @@ def viterbi(
     return best_paths(chain).reshape(*chain.batch_shape, emissions.shape[-2])
 
 
-@untraced
 def best_paths(chain: Chain) -> Tensor:
     """``viterbi`` of scores already in shape: ``[B, T]``."""
+    return _search(_best, chain, chain.emissions.new_empty(1, chain.emissions.shape[0], 0))[0][0]
+
+
+def top_k(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The k tag sequences of the highest scores, best first, all distinct.
+
+    Returns:
+        Scores ``[k, ...]`` (float64, without gradient) and sequences ``[k, ..., T]``; -inf and -1 where there are
+        fewer than k.
+    Source: the k-best recursion of Huang and Chiang (2005), algorithm 2, on a chain.
+    """
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    chain = as_chain(emissions, transitions, start, end, lengths)
+    paths, scores = _search(_k_best, chain, chain.emissions.new_empty(k, chain.emissions.shape[0], 0))
+    shape = (k, *chain.batch_shape)
+    return scores.reshape(shape), paths.reshape(*shape, emissions.shape[-2])
+
+
+def sample(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    n: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Independent exact samples, ``[n, ..., T]`` long, from torch's random numbers.
+
+    Source: forward filtering and backward sampling, Fruhwirth-Schnatter (1994).
+    """
+    chain = as_chain(emissions, transitions, start, end, lengths)
+    paths = sample_paths(chain, n, generator)
+    return paths.reshape(n, *chain.batch_shape, emissions.shape[-2])
+
+
+def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """``sample`` of scores already in shape: ``[n, B, T]``."""
+    shape = (n, *chain.emissions.shape[:2])
+    uniforms = torch.rand(shape, dtype=torch.float64, device=chain.emissions.device, generator=generator)
+    return _search(_sample, chain, uniforms)[0]
+
+
+Search = Callable[[Chain, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Paths(torch.autograd.Function):
+    """A search for N sequences a row: without derivative; the dimension of ``vmap`` is taken as more rows.
+
+    ``extra`` is [N, B, ...]: what the search needs beside the scores, or nothing in that shape.
+    """
+
+    @staticmethod
+    def forward(
+        emissions: Tensor,
+        transitions: Tensor,
+        start: Tensor,
+        end: Tensor,
+        lengths: Tensor,
+        extra: Tensor,
+        search: Search,
+    ) -> tuple[Tensor, Tensor]:
+        plain = [x.detach() for x in (emissions, transitions, start, end)]
+        return search(Chain(plain[0], plain[1], plain[2], plain[3], lengths, emissions.shape[:1]), extra)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * 7
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        n, extra, at = info.batch_size, inputs[5], in_dims[5]
+        extra = extra.unsqueeze(1).expand(-1, n, -1, -1) if at is None else extra.movedim(at, 1)
+        extra = extra.reshape(extra.shape[0], n * extra.shape[2], extra.shape[3])
+        paths, scores = _paths(*fold(n, in_dims[:5], inputs[:5]), extra, inputs[6])
+        return (paths.view(paths.shape[0], n, -1, paths.shape[2]), scores.view(scores.shape[0], n, -1)), (1, 1)
+
+
+def _paths(*arguments: Any) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _Paths.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+@untraced
+def _search(search: Search, chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences ``[N, B, T]`` and, from a search that has them, scores ``[N, B]``."""
+    return _paths(*chain[:5], extra, search)
+
+
+def _best(chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
+    no_scores = extra.new_empty(extra.shape[:2])
     if chain.emissions.device.type != "cpu":
-        return chain_torch.best_paths(*(x.detach() for x in chain[:5]))
-    emissions, transitions, start, end, lengths = (x.detach().contiguous().numpy() for x in chain[:5])
+        return chain_torch.best_paths(*chain[:5]).unsqueeze(0), no_scores
+    emissions, transitions, start, end, lengths = (x.contiguous().numpy() for x in chain[:5])
     rows, steps, k = emissions.shape
     groups = transitions.shape[0]
     paths = np.empty((rows, steps), np.int64)
     if not rows:
-        return torch.from_numpy(paths)
+        return torch.from_numpy(paths).unsqueeze(0), no_scores
     if np.isnan(transitions).any() or (transitions == np.inf).any():
         raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
     flags = np.zeros(rows, np.int64)
@@ -74,32 +186,13 @@ def best_paths(chain: Chain) -> Tensor:
         if not flags.any():
             break
         order = np.where(flags[order] != 0, order, -1)  # the rest again, in float64
-    return torch.from_numpy(paths)
+    return torch.from_numpy(paths).unsqueeze(0), no_scores
 
 
-@untraced
-def top_k(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor | None = None,
-    end: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    k: int,
-) -> tuple[Tensor, Tensor]:
-    """The k tag sequences of the highest scores, best first, all distinct.
-
-    Returns:
-        Scores ``[k, ...]`` (float64, without gradient) and sequences ``[k, ..., T]``; -inf and -1 where there are
-        fewer than k.
-    Source: the k-best recursion of Huang and Chiang (2005), algorithm 2, on a chain.
-    """
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
-    chain = as_chain(emissions, transitions, start, end, lengths)
+def _k_best(chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
+    k, device = extra.shape[0], chain.emissions.device
     # a GPU waits for its own kernel: the list merging is done on the host
-    host = [x.detach().cpu().contiguous().numpy() for x in chain[:5]]
-    scores, table, first, last, n = host
+    scores, table, first, last, n = (x.cpu().contiguous().numpy() for x in chain[:5])
     rows, steps, tags = scores.shape
     if not all(np.isfinite(x[x != -np.inf]).all() for x in (scores, table, first, last)):
         raise ValueError("emissions, transitions, start or end: scores must not be NaN or +inf (-inf forbids)")
@@ -109,46 +202,16 @@ def top_k(
         back[..., :tags] = table.swapaxes(-1, -2)
         arguments = (scores, first, last, n, back, k, paths, found)
         run_shares(kernels.k_best, arguments, rows, 4.0 * rows * steps * tags * tags)
-    shape = (k, *chain.batch_shape)
-    device = emissions.device
-    return torch.from_numpy(found).to(device).reshape(shape), torch.from_numpy(paths).to(device).reshape(*shape, steps)
+    return torch.from_numpy(paths).to(device), torch.from_numpy(found).to(device)
 
 
-def sample(
-    emissions: Tensor,
-    transitions: Tensor,
-    start: Tensor | None = None,
-    end: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    n: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Independent exact samples, ``[n, ..., T]`` long, from torch's random numbers.
-
-    Source: forward filtering and backward sampling, Fruhwirth-Schnatter (1994).
-    """
-    chain = as_chain(emissions, transitions, start, end, lengths)
-    paths = sample_paths(chain, n, generator)
-    return paths.reshape(n, *chain.batch_shape, emissions.shape[-2])
-
-
-@untraced
-def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """``sample`` of scores already in shape: ``[n, B, T]``."""
-    rows, steps, k = chain.emissions.shape
-    uniforms = torch.rand(n, rows, steps, dtype=torch.float64, device=chain.emissions.device, generator=generator)
+def _sample(chain: Chain, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    no_scores = uniforms.new_empty(uniforms.shape[:2])
+    n, rows, steps = uniforms.shape
     if chain.emissions.device.type != "cpu":
-        return chain_torch.sample_paths(
-            chain.emissions.detach(),
-            chain.transitions.detach(),
-            chain.start.detach(),
-            chain.end.detach(),
-            chain.lengths,
-            uniforms,
-        )
+        return chain_torch.sample_paths(*chain[:5], uniforms), no_scores
     if not rows:
-        return uniforms.long()
+        return uniforms.long(), no_scores
     done = forward_backward(*chain[:5], backward=1)
     paths = torch.full((n, rows, steps), -1, dtype=torch.long)
     parts = [(part.rows, part.good, part.alpha, part.back, False) for part in done.scaled]
@@ -163,9 +226,9 @@ def sample_paths(chain: Chain, n: int, generator: torch.Generator | None = None)
         numbers = uniforms if which is None else uniforms[:, which].contiguous()
         lengths = chain.lengths if which is None else chain.lengths[which]
         chosen = torch.ones(lengths.shape[0], dtype=torch.bool) if good is None else good
-        given = (x.detach().contiguous().numpy() for x in (alpha, back, lengths, chosen, numbers))
+        given = (x.contiguous().numpy() for x in (alpha, back, lengths, chosen, numbers))
         arguments = (*given, here.numpy(), logarithms)
-        run_shares(kernels.sample, arguments, lengths.shape[0], 4.5 * n * rows * steps * k)
+        run_shares(kernels.sample, arguments, lengths.shape[0], 4.5 * n * rows * steps * chain.emissions.shape[2])
         if which is not None:
             paths[:, which[chosen]] = here[:, chosen]
-    return paths
+    return paths, no_scores

@@ -121,3 +121,27 @@ def test_small_differences_beside_large_scores_decide_the_best_path_in_float32(l
     start = 0.001 * torch.randn(20, 3, generator=generator)
     wide = [x.double() for x in (emissions, transitions, start)]
     assert torch.equal(viterbi(emissions, transitions, start), viterbi(*wide))
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0), (1, 0)])
+def test_sequences_under_vmap_are_those_of_a_loop(dims: tuple[int | None, int | None]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    emissions, transitions = (torch.randn(shape, generator=generator) for shape in ((5, 5, 4, 2), (5, 2, 2)))
+    both = list(zip((emissions, transitions), dims, strict=True))
+    rows = [tuple(x[0] if d is None else x.select(d, i) for x, d in both) for i in range(5)]
+    whole = tuple(x[0] if d is None else x for x, d in both)
+    best = torch.func.vmap(viterbi, dims)(*whole)
+    assert torch.equal(best, torch.stack([viterbi(*row) for row in rows]))
+    scores, paths = torch.func.vmap(lambda e, a: top_k(e, a, k=3), dims)(*whole)
+    for i, row in enumerate(rows):
+        expected_scores, expected = top_k(*row, k=3)
+        torch.testing.assert_close(scores[i], expected_scores)
+        assert torch.equal(paths[i], expected)
+
+
+def test_samples_under_vmap_and_grad_follow_their_own_law() -> None:
+    scores = torch.tensor([[[0.0, 30.0]], [[30.0, 0.0]]])  # [2 laws, T = 1, K = 2]: nearly certain
+    drawn = torch.func.vmap(lambda e: sample(e, torch.zeros(2, 2), n=50), randomness="different")(scores)
+    assert torch.equal(drawn[:, :, 0], torch.tensor([[1], [0]]).expand(2, 50))
+    grown = torch.func.grad(lambda e: (sample(e, torch.zeros(2, 2)) * e.sum()).sum())(scores[0])
+    torch.testing.assert_close(grown, torch.ones(1, 2))
