@@ -5,12 +5,17 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import signal
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# a suite started in the background of a shell inherits that Ctrl-C is ignored; tests of Ctrl-C need it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "ci",
