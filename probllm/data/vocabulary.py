@@ -77,6 +77,7 @@ class Vocabulary:
         return tokens
 
     def to_json(self) -> list[str]:
+        """The entries by id."""
         return self.entries
 
     @classmethod

@@ -136,6 +136,7 @@ class WordClasses:
         return f"<{shape}:{suffix}>"
 
     def to_json(self) -> dict[str, Any]:
+        """JSON values from which the classes are made again."""
         return {"words": self.words, "counts": self.counts, "classes": [list(name) for name in self.classes]}
 
     @classmethod

@@ -104,6 +104,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
 
     @property
     def num_states(self) -> int:
+        """K."""
         return int(self.initial.shape[-1])
 
     @property
@@ -225,6 +226,11 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         self._intractable("mode")
 
     def entropy(self) -> Tensor:
+        """Intractable.
+
+        Raises:
+            NotImplementedError: always, with the reason.
+        """
         self._intractable("entropy")
 
 

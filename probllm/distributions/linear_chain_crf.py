@@ -61,6 +61,7 @@ class LinearChainCRF(StructuredDistribution):
 
     @property
     def num_tags(self) -> int:
+        """K."""
         return self.emissions.shape[-1]
 
     @property

@@ -120,6 +120,7 @@ class HMMTagger(Model):
             return tags
 
     def guide(self, batch: Batch) -> None:
+        """Dirichlet laws of the probabilities if Bayesian, and the exact posterior of tags that are not known."""
         symbols, tags, lengths = self._read(batch)
         rows = self._sites(map_rows(torch.exp, self._tables())) if self.bayesian else self.rows()
         if symbols is not None and bool((tags < 0)[mask_from_lengths(lengths, tags.shape[-1])].any()):

@@ -65,6 +65,7 @@ class Tagger(Model):
             return tags
 
     def guide(self, batch: Batch) -> None:
+        """Draws tags that are known only in part from their exact posterior; else there is nothing to guess."""
         law = self.law(batch)
         _, allowed = self._known(batch)
         if allowed is not None:
