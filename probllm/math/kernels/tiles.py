@@ -106,15 +106,16 @@ def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
     width = matrix.shape[1]
     if width == 4:
         _four4(x, matrix, out, k, 0)
-    elif width == 8:
-        _four8(x, matrix, out, k, 0)
     else:
         column = 0
         while column + 32 <= width:
             _four32(x, matrix, out, k, column)
             column += 32
-        if column < width:
+        if column + 16 <= width:
             _four16(x, matrix, out, k, column)
+            column += 16
+        if column < width:
+            _four8(x, matrix, out, k, column)
 
 
 @njit(cache=True, nogil=True)
@@ -123,15 +124,16 @@ def best4(x, matrix, out, k):  # type: ignore[no-untyped-def]
     width = matrix.shape[1]
     if width == 4:
         _best4(x, matrix, out, k, 0)
-    elif width == 8:
-        _best8(x, matrix, out, k, 0)
     else:
         column = 0
         while column + 32 <= width:
             _best32(x, matrix, out, k, column)
             column += 32
-        if column < width:
+        if column + 16 <= width:
             _best16(x, matrix, out, k, column)
+            column += 16
+        if column < width:
+            _best8(x, matrix, out, k, column)
 
 
 @njit(cache=True, nogil=True)
@@ -140,16 +142,16 @@ def product1(x, matrix, out, k):  # type: ignore[no-untyped-def]
     width = matrix.shape[1]
     if width == 4:
         _one4(x, matrix, out, k, 0)
-    elif width == 8:
-        _one8(x, matrix, out, k, 0)
     else:
         column = 0
         while column + 64 <= width:
             _one64(x, matrix, out, k, column)
             column += 64
-        while column < width:
+        while column + 16 <= width:
             _one16(x, matrix, out, k, column)
             column += 16
+        if column < width:
+            _one8(x, matrix, out, k, column)
 
 
 @njit(cache=True, nogil=True)
@@ -160,12 +162,13 @@ def add_outer(x, at, m, after, n, by, out, k):  # type: ignore[no-untyped-def]
     for row in range(0, k, 4):
         if width == 4:
             _outer4(x, at, m, after, width, n, by, out, row, 0)
-        elif width == 8:
-            _outer8(x, at, m, after, width, n, by, out, row, 0)
         else:
             column = 0
             while column + 32 <= width:
                 _outer32(x, at, m, after, width, n, by, out, row, column)
                 column += 32
-            if column < width:
+            if column + 16 <= width:
                 _outer16(x, at, m, after, width, n, by, out, row, column)
+                column += 16
+            if column < width:
+                _outer8(x, at, m, after, width, n, by, out, row, column)

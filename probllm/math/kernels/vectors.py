@@ -17,8 +17,8 @@ from numba.extending import intrinsic
 
 
 def padded(k: int) -> int:
-    """Columns that a row of k entries takes, so that whole vectors fit: 4, 8, or a multiple of 16."""
-    return 4 if k <= 4 else 8 if k <= 8 else -(-k // 16) * 16
+    """Columns that a row of k entries takes, so that whole vectors fit: 4, or a multiple of 8."""
+    return 4 if k <= 4 else -(-k // 8) * 8
 
 
 class Emit:
@@ -265,7 +265,7 @@ def ahead(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     """x = y * by * q[here:here + width]; returns the sum."""
     if width % 16 == 0:
         return _ahead16(y, by, q, here, x, width)
-    if width == 8:
+    if width % 8 == 0:
         return _ahead8(y, by, q, here, x, width)
     return _ahead4(y, by, q, here, x, width)
 
@@ -275,7 +275,7 @@ def climb(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     """x = y - by + q[here:here + width]; returns the greatest entry. No NaN, no +inf."""
     if width % 16 == 0:
         return _climb16(y, by, q, here, x, width)
-    if width == 8:
+    if width % 8 == 0:
         return _climb8(y, by, q, here, x, width)
     return _climb4(y, by, q, here, x, width)
 
@@ -285,7 +285,7 @@ def highest_sum(x, y, width):  # type: ignore[no-untyped-def]
     """The greatest entry of x + y. No NaN, no +inf."""
     if width % 16 == 0:
         return _highest16(x, y, width)
-    if width == 8:
+    if width % 8 == 0:
         return _highest8(x, y, width)
     return _highest4(x, y, width)
 
@@ -295,7 +295,7 @@ def behind(y, by, q, here, x, alpha, totals, width):  # type: ignore[no-untyped-
     """x = q[here:here + width] * y * by; totals = (sum of x, sum of alpha * y * by)."""
     if width % 16 == 0:
         _behind16(y, by, q, here, x, alpha, totals, width)
-    elif width == 8:
+    elif width % 8 == 0:
         _behind8(y, by, q, here, x, alpha, totals, width)
     else:
         _behind4(y, by, q, here, x, alpha, totals, width)
@@ -306,7 +306,7 @@ def multiply(x, y, by, out, width):  # type: ignore[no-untyped-def]
     """out = x * y * by."""
     if width % 16 == 0:
         _product16(x, y, by, out, width)
-    elif width == 8:
+    elif width % 8 == 0:
         _product8(x, y, by, out, width)
     else:
         _product4(x, y, by, out, width)
@@ -317,7 +317,7 @@ def scale(x, by, out, width):  # type: ignore[no-untyped-def]
     """out = x * by."""
     if width % 16 == 0:
         _scaled16(x, by, out, width)
-    elif width == 8:
+    elif width % 8 == 0:
         _scaled8(x, by, out, width)
     else:
         _scaled4(x, by, out, width)
@@ -328,7 +328,7 @@ def add_scaled(x, by, out, width):  # type: ignore[no-untyped-def]
     """out += x * by."""
     if width % 16 == 0:
         _added16(x, by, out, width)
-    elif width == 8:
+    elif width % 8 == 0:
         _added8(x, by, out, width)
     else:
         _added4(x, by, out, width)
@@ -339,7 +339,7 @@ def shift(x, by, at, width):  # type: ignore[no-untyped-def]
     """x[at:at + width] -= by."""
     if width % 16 == 0:
         _shift16(x, by, at, width)
-    elif width == 8:
+    elif width % 8 == 0:
         _shift8(x, by, at, width)
     else:
         _shift4(x, by, at, width)
