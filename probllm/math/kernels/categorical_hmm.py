@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from probllm.math.kernels.chain_scaled import LEAST_SUM, TINY, some_tiny
+from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.tiles import product1, product4
 from probllm.math.kernels.vectors import add_scaled, ahead, behind, multiply, scale
 
 SPOILED = 8  # a row was found too small when some of its counts were already added
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def count(  # type: ignore[no-untyped-def]
     symbols, lengths, order, first_table, forth, back, table, offset, symbol_offsets, zeros,
     log_z, flags, initial, transition, emission, first, step,

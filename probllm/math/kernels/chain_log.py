@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from probllm.math.kernels.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _shift(x, k):  # type: ignore[no-untyped-def]
     """Takes the maximum out of x in place and returns it (-inf if nothing is allowed)."""
     high = -math.inf
@@ -28,7 +29,7 @@ def _shift(x, k):  # type: ignore[no-untyped-def]
     return high
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _log_product(x, matrix, out, k):  # type: ignore[no-untyped-def]
     """out[j] = log sum_i exp(x[i] + matrix[i, j]), column by column around its own maximum."""
     high = np.full(k, -math.inf)
@@ -48,7 +49,7 @@ def _log_product(x, matrix, out, k):  # type: ignore[no-untyped-def]
         out[j] = math.log(out[j]) + high[j] if out[j] > 0 else -math.inf
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def forward_backward(  # type: ignore[no-untyped-def]
     emissions, start, end, lengths, transitions, transposed, which, backward, alpha, marginals, pairs, log_z, first,
     step

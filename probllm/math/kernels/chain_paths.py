@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from probllm.math.kernels.chain_scaled import BROKEN, extremes, lowest_allowed, row_scores
+from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.tiles import best4
 from probllm.math.kernels.vectors import climb, highest_sum
 
@@ -25,7 +25,7 @@ FAR = 1
 SPAN32 = 2000.0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def best(emissions, start, end, lengths, forth, back, order, paths, flags, first, step):  # type: ignore[no-untyped-def]
     """One share of the blocks of four rows.
 
@@ -93,7 +93,7 @@ def best(emissions, start, end, lengths, forth, back, order, paths, flags, first
                 path[t] = tag
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def k_best(emissions, start, end, lengths, back, n_best, paths, scores, first, step):  # type: ignore[no-untyped-def]
     """The n_best highest sequences of each row, in float64: paths [n_best, B, T] and scores [n_best, B] (-inf where
     there are fewer).
@@ -156,7 +156,7 @@ def k_best(emissions, start, end, lengths, back, n_best, paths, scores, first, s
                 path[t - 1] = tag
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def sample(alpha, back, lengths, good, uniforms, paths, logarithms, first, step):  # type: ignore[no-untyped-def]
     """Exact samples of one share of the rows, from what the forward recursion left behind.
 

@@ -25,8 +25,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.tiles import add_outer, product1, product4
 from probllm.math.kernels.vectors import ahead, behind, multiply, scale, shift
 
@@ -38,7 +38,7 @@ SPAN32, SPAN64, TINIEST, LEAST_SUM = 80.0, 200.0, 1e-200, 1e-100
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
+@compiled(fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
 def extremes(x, first, last):  # type: ignore[no-untyped-def]
     high = low = x[first]
     for j in range(first + 1, last):
@@ -47,7 +47,7 @@ def extremes(x, first, last):  # type: ignore[no-untyped-def]
     return low, high
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc"}, error_model="numpy")
+@compiled(fastmath={"reassoc"}, error_model="numpy")
 def times_zero(x, first, last):  # type: ignore[no-untyped-def]
     """0 if every entry is finite, else NaN."""
     total = x[first] * 0
@@ -56,7 +56,7 @@ def times_zero(x, first, last):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def lowest_allowed(x, first, last):  # type: ignore[no-untyped-def]
     """(least and greatest entry that is not -inf, whether a NaN or +inf is among them)."""
     low, high, broken = math.inf, -math.inf, False
@@ -68,7 +68,7 @@ def lowest_allowed(x, first, last):  # type: ignore[no-untyped-def]
     return low, high, broken
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@compiled(fastmath={"contract"}, error_model="numpy")
 def _exp32(x, bits, power, size):  # type: ignore[no-untyped-def]
     """x = exp(x) in float32 for entries in [-87, 0]: 2^n times the series of the remainder, in vector code."""
     for j in range(size):
@@ -87,13 +87,13 @@ def _exp32(x, bits, power, size):  # type: ignore[no-untyped-def]
         x[j] *= power[j]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _exp64(x, size):  # type: ignore[no-untyped-def]
     for j in range(size):
         x[j] = math.exp(x[j])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def tables(transitions, table, back, offsets, spread, flags, first, step):  # type: ignore[no-untyped-def]
     """exp of the transitions around their maximum, once as they are and once transposed; one share of the [K, K]
     blocks.
@@ -132,7 +132,7 @@ def tables(transitions, table, back, offsets, spread, flags, first, step):  # ty
                 table[m, i, j] = back[m, i, j] = 0
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def row_scores(emissions, start, end, n, width, q):  # type: ignore[no-untyped-def]
     """q[t * width + j] = the scores of one row of the batch, start and end folded in, less what is taken out of the
     first and the last step: small differences of large scores must not be rounded when start and end are added.
@@ -166,7 +166,7 @@ def row_scores(emissions, start, end, n, width, q):  # type: ignore[no-untyped-d
     return offset, BROKEN if lowest_allowed(q, 0, n * width)[2] else WIDE
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, power):  # type: ignore[no-untyped-def]
     """q[t * width + j] = exp(score - the step's first allowed one), start and end folded in, for one row of the batch.
 
@@ -199,7 +199,7 @@ def exponentials(emissions, start, end, n, spread, zeros, span, width, q, bits, 
     return offset, 0
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def some_tiny(x, k):  # type: ignore[no-untyped-def]
     """Whether a positive entry is close to underflow."""
     seen = 0
@@ -208,7 +208,7 @@ def some_tiny(x, k):  # type: ignore[no-untyped-def]
     return seen != 0
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@compiled(fastmath=_FAST, error_model="numpy")
 def forward_backward(  # type: ignore[no-untyped-def]
     emissions, start, end, lengths, forth, back, offsets, spread, order, zeros, span, backward,
     alpha, weights, marginals, log_z, flags, first, step,
@@ -316,7 +316,7 @@ def forward_backward(  # type: ignore[no-untyped-def]
                     marginals[b, n:] = 0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def expected_pairs(alpha, weights, row_weights, lengths, table, sums, first, step):  # type: ignore[no-untyped-def]
     """sums += expected transitions, each row times its weight; one share of the groups, or of the rows of a single
     group.
@@ -340,7 +340,7 @@ def expected_pairs(alpha, weights, row_weights, lengths, table, sums, first, ste
                     sums[piece, i, j] *= table[piece, 0, i, j]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def weighted(marginals, row_weights, tags, first, step):  # type: ignore[no-untyped-def]
     """tags [N, T, K] = marginals [N, T, P] times the weight of their row."""
     rows, steps, k = tags.shape

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from probllm.math.kernels.compiled import compiled
 
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # nothing here is -inf or NaN where sums are reordered
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def viterbi(emissions, start, second, transitions, lengths, score, path, first, step):  # type: ignore[no-untyped-def]
     """score [B] and path [B, T] (0 on entry) of the best sequences; the scores may be -inf."""
     rows, steps, k_all = emissions.shape
@@ -60,7 +61,7 @@ def viterbi(emissions, start, second, transitions, lengths, score, path, first, 
             path[b, t - 2] = back[t, path[b, t - 1], path[b, t]]
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 def _products(alpha, table, total):  # type: ignore[no-untyped-def]
     """total(j, k) = sum_i alpha(i, j) table(i, j, k)."""
     k_all = alpha.shape[0]
@@ -72,7 +73,7 @@ def _products(alpha, table, total):  # type: ignore[no-untyped-def]
                 total[j, k] += a * table[i, j, k]
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@compiled(fastmath=_FAST)
 def _products_back(alpha, table, g, beta, pairs):  # type: ignore[no-untyped-def]
     """beta(i, j) = sum_k table(i, j, k) g(j, k), and pairs(i, j, k) += alpha(i, j) g(j, k)."""
     k_all = alpha.shape[0]
@@ -86,7 +87,7 @@ def _products_back(alpha, table, g, beta, pairs):  # type: ignore[no-untyped-def
             beta[i, j] = s
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def forward(emissions, start, second, table, lengths, q, alpha, scales, log_z, first, step):  # type: ignore[no-untyped-def]
     """alpha [B, T, K, K] from the second step on, scales and q [B, T] and [B, T, K]; log_z [B] of P = table.
 
@@ -135,7 +136,7 @@ def forward(emissions, start, second, table, lengths, q, alpha, scales, log_z, f
             log_z[b] += math.log(total)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def backward(  # type: ignore[no-untyped-def]
     start, table, lengths, q, alpha, scales, weights, tags, firsts, seconds, triples, first, step
 ):

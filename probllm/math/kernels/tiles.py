@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.vectors import Emit
 
 
@@ -100,7 +101,7 @@ _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), 
 _outer4, _outer8, _outer16, _outer32 = _outer(4, 1), _outer(8, 1), _outer(16, 1), _outer(16, 2)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
     """out[r, :width] = x[r, :k] @ matrix[:k, :width] for four rows; width = matrix.shape[1] as ``padded`` gives it."""
     width = matrix.shape[1]
@@ -118,7 +119,7 @@ def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
             _four8(x, matrix, out, k, column)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def best4(x, matrix, out, k):  # type: ignore[no-untyped-def]
     """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for four rows; no NaN, no +inf."""
     width = matrix.shape[1]
@@ -136,7 +137,7 @@ def best4(x, matrix, out, k):  # type: ignore[no-untyped-def]
             _best8(x, matrix, out, k, column)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def product1(x, matrix, out, k):  # type: ignore[no-untyped-def]
     """The same for one row."""
     width = matrix.shape[1]
@@ -154,7 +155,7 @@ def product1(x, matrix, out, k):  # type: ignore[no-untyped-def]
             _one8(x, matrix, out, k, column)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def add_outer(x, at, m, after, n, by, out, k):  # type: ignore[no-untyped-def]
     """out[i, j] += by * sum over t < n of x[at + t P + i] m[after + t P + j], i < k; out [P, P], x and m flat, P
     as ``padded``."""

@@ -11,9 +11,11 @@ import math
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from probllm.math.kernels.compiled import compiled
 
 
 def padded(k: int) -> int:
@@ -260,7 +262,7 @@ _added4, _added8, _added16 = _added(4), _added(8), _added(16)
 _shift4, _shift8, _shift16 = _shift(4), _shift(8), _shift(16)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def ahead(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     """x = y * by * q[here:here + width]; returns the sum."""
     if width % 16 == 0:
@@ -270,7 +272,7 @@ def ahead(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     return _ahead4(y, by, q, here, x, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def climb(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     """x = y - by + q[here:here + width]; returns the greatest entry. No NaN, no +inf."""
     if width % 16 == 0:
@@ -280,7 +282,7 @@ def climb(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     return _climb4(y, by, q, here, x, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def highest_sum(x, y, width):  # type: ignore[no-untyped-def]
     """The greatest entry of x + y. No NaN, no +inf."""
     if width % 16 == 0:
@@ -290,7 +292,7 @@ def highest_sum(x, y, width):  # type: ignore[no-untyped-def]
     return _highest4(x, y, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def behind(y, by, q, here, x, alpha, totals, width):  # type: ignore[no-untyped-def]
     """x = q[here:here + width] * y * by; totals = (sum of x, sum of alpha * y * by)."""
     if width % 16 == 0:
@@ -301,7 +303,7 @@ def behind(y, by, q, here, x, alpha, totals, width):  # type: ignore[no-untyped-
         _behind4(y, by, q, here, x, alpha, totals, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def multiply(x, y, by, out, width):  # type: ignore[no-untyped-def]
     """out = x * y * by."""
     if width % 16 == 0:
@@ -312,7 +314,7 @@ def multiply(x, y, by, out, width):  # type: ignore[no-untyped-def]
         _product4(x, y, by, out, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def scale(x, by, out, width):  # type: ignore[no-untyped-def]
     """out = x * by."""
     if width % 16 == 0:
@@ -323,7 +325,7 @@ def scale(x, by, out, width):  # type: ignore[no-untyped-def]
         _scaled4(x, by, out, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def add_scaled(x, by, out, width):  # type: ignore[no-untyped-def]
     """out += x * by."""
     if width % 16 == 0:
@@ -334,7 +336,7 @@ def add_scaled(x, by, out, width):  # type: ignore[no-untyped-def]
         _added4(x, by, out, width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def shift(x, by, at, width):  # type: ignore[no-untyped-def]
     """x[at:at + width] -= by."""
     if width % 16 == 0:
