@@ -36,7 +36,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: ``njit(nogil=True, **options)``, compiled at the first call, and cached if a folder can be written."""
+    """A decorator: ``njit(nogil=True, **options)``, compiled when first called, cached if a folder can be written."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = njit(nogil=True, **options)(function)
