@@ -35,9 +35,10 @@ def in_turn(contenders: dict[str, Callable[[], Any]], rounds: int, budget: float
         for name, run in contenders.items():
             if times[name] and sum(times[name]) > budget / len(contenders):
                 continue
-            # a short call is repeated behind one that is not timed: the contender before it left its data in the cache
-            typical = statistics.median(times[name]) if times[name] else 1.0
-            repeat = max(1, min(20, int(0.03 / typical)))
+            # a short call is repeated, behind one that is not timed: the contender before it left its data in the
+            # cache, and the pages of its freed memory may have to be had anew
+            typical = min(times[name]) if times[name] else 1.0
+            repeat = max(3, min(20, int(0.03 / typical))) if typical < 0.1 else 1
             if repeat > 1:
                 run()
             begin = time.perf_counter()
