@@ -70,9 +70,8 @@ class Pass:
     scaled: list[ScaledPart]
     log: LogPart | None
     dtype: torch.dtype
-    dense: np.ndarray | None = (
-        None  # [B, T, P]: the marginals as the one scaled pass left them, where no other was needed
-    )
+    # the marginals [B, T, P] as one scaled pass left them, where no other was needed
+    dense: np.ndarray | None = None
 
     def tags(self, row_weights: Tensor) -> Tensor:
         """Expected tags of each row times its weight, ``[B, T, K]``."""
@@ -138,8 +137,7 @@ def forward_backward(
             if groups > 1:
                 tables = [x[left // (rows // groups)] for x in tables]
         part, log_z, marginals, flags = _scaled(its, tables, zeros, dtype, backward)
-        flagged = flags.any()
-        if left is None and not flagged:
+        if left is None and not flags.any():
             done.log_z, done.marginals = torch.from_numpy(log_z), marginals[..., :k].to(emissions.dtype)
             if marginals.dtype == emissions.dtype and backward == 2:
                 done.dense = marginals.numpy()
