@@ -37,6 +37,8 @@ class LinearChainCRF(StructuredDistribution):
     Scores in bfloat16 or float16 are summed in float32. Batch dimensions broadcast.
     """
 
+    _one_tag_a_step = True
+
     def __init__(
         self,
         emissions: Tensor,

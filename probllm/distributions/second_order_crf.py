@@ -38,6 +38,8 @@ class SecondOrderCRF(StructuredDistribution):
             they are summed).
     """
 
+    _one_tag_a_step = True
+
     def __init__(
         self,
         emissions: Tensor,

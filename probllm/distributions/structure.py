@@ -49,6 +49,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
     has_enumerate_support = False
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
+    _one_tag_a_step: ClassVar[bool] = False  # main parts are [T, K], and a structure uses one of K at each step
     _own_shape: torch.Size  # batch shape of the scores as they are stored
     _kept: dict[str, tuple[Any, bool]]  # results by name, and whether they were made with gradients
 
@@ -337,23 +338,36 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         """The allowed structure of the least expected loss (minimum Bayes risk), ``[*batch, *event]``.
 
         Args:
-            loss: ``"hamming"`` (the number of wrong main parts: of a sequence, its wrong tags), or ``[K, K]`` cost of
-                predicting k (row) where the truth is j (column), summed over the steps.
+            loss: ``"hamming"``, the number of main parts that only one of the two structures uses (of a sequence, twice
+                its wrong tags), or, where each step has one of K tags, ``[K, K]`` cost of predicting k (row) where the
+                truth is j (column), summed over the steps.
         """
         main = next(iter(self.parts))
         marginals = self._expected_parts()[main].detach()
-        k = marginals.shape[-1]
         if isinstance(loss, str):
             if loss != "hamming":
-                raise ValueError(f"loss: expected 'hamming' or a [{k}, {k}] tensor, got {loss!r}")
-            gain = marginals
+                raise ValueError(f"loss: expected 'hamming' or a tensor, got {loss!r}")
+            gain = 2 * marginals - 1
+        elif not self._one_tag_a_step:
+            raise ValueError(f"loss: expected 'hamming' ({type(self).__name__} has no tag at each step)")
         else:
+            k = marginals.shape[-1]
             if loss.shape != (k, k):
                 raise ValueError(f"loss: expected 'hamming' or shape [{k}, {k}], got {list(loss.shape)}")
             gain = -(marginals @ loss.to(marginals.dtype).T)
         hard = self._allowed(self._dtype)
         hard[main] = gain + hard[main]
         return self._grow(self._with(**hard)._best())
+
+    def with_temperature(self, temperature: float | Tensor) -> Self:
+        """The law with every score divided by ``temperature``: flatter above 1, near 0 all at the mode.
+
+        Args:
+            temperature: above 0; a number, or a tensor of no dimensions.
+        """
+        if not bool(torch.as_tensor(temperature) > 0):
+            raise ValueError(f"temperature: expected above 0, got {temperature}")
+        return self._conditioned(**{name: x / temperature for name, x in self.parts.items()})
 
     def _allowed(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The parts with every finite score 0: what is allowed and nothing else."""

@@ -228,11 +228,19 @@ def expectation_is_the_enumerated_mean(case: Case) -> None:
     close(case.law.expectation(main), case.mean(case.score({**zeros, case.main: main})), size_of(case))
 
 
+def indicators(case: Case) -> Tensor:
+    """``[N, *batch, *main]``: 1 at the main parts that a structure uses, by the derivative of its score."""
+    zeros = {name: torch.zeros_like(x) for name, x in case.whole().items()}
+    leaf = zeros[case.main].requires_grad_()
+    scores = case.score({**zeros, case.main: leaf})
+    return torch.stack([torch.autograd.grad(row.sum(), leaf, retain_graph=True)[0] for row in scores])
+
+
 def minimum_risk_structure_has_the_least_expected_number_of_errors(case: Case) -> None:
     found = case.law.min_risk()
     assert bool((found[~case.feasible] == -1).all())
-    structures = case.structures.flatten(1 + len(case.law.batch_shape))
-    errors = (structures.unsqueeze(1) != structures).sum(-1).double()  # [N, N, *batch]
+    used = indicators(case).flatten(1 + len(case.law.batch_shape))
+    errors = (used.unsqueeze(1) - used).abs().sum(-1)  # [N, N, *batch]
     risk = (errors * case.probabilities).sum(1)
     allowed = case.scores > -torch.inf
     least = risk.masked_fill(~allowed, torch.inf).amin(0)
@@ -240,6 +248,23 @@ def minimum_risk_structure_has_the_least_expected_number_of_errors(case: Case) -
     assert bool(same.any(0)[case.feasible].all()), "the structure is not allowed"
     mine = risk.masked_fill(~same, torch.inf).amin(0)
     close(mine[case.feasible], least[case.feasible], size_of(case))
+
+
+def temperature_divides_the_scores(case: Case) -> None:
+    """p at temperature t is p^(1/t) normalised: hot, all allowed structures are alike; cold, the best has all."""
+    for temperature in (0.5, 3.0):
+        law = case.law.with_temperature(temperature)
+        assert type(law) is type(case.law)
+        assert law.batch_shape == case.law.batch_shape
+        close(law.log_partition, (case.scores / temperature).logsumexp(0), size_of(case))
+    hot = case.law.with_temperature(1e18 * size_of(case))
+    close(hot.log_partition, case.law.log_count)
+    close(hot.entropy(), torch.where(case.feasible, case.law.log_count, 0.0))
+    sorted_scores = case.scores.sort(0, descending=True).values
+    gap = sorted_scores[0] - sorted_scores[1] if len(sorted_scores) > 1 else torch.full_like(case.log_z, torch.inf)
+    clear = case.feasible & (gap > 1e-4)
+    cold = case.law.with_temperature(1e-7)
+    close(cold.log_prob(case.law.mode)[clear], torch.zeros_like(case.log_z)[clear], 1e7 * size_of(case))
 
 
 def conditioning_is_bayes_rule(case: Case) -> None:
@@ -350,6 +375,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     cross_entropy_and_divergence_are_the_enumerated_ones,
     expectation_is_the_enumerated_mean,
     minimum_risk_structure_has_the_least_expected_number_of_errors,
+    temperature_divides_the_scores,
     conditioning_is_bayes_rule,
     log_count_counts_the_allowed_structures,
     scores_that_no_structure_uses_are_irrelevant,

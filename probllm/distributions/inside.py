@@ -1,0 +1,176 @@
+"""A law over structures whose whole surface follows from one recursion, written once over a semiring.
+
+A subclass names its parts and their dimensions, gives the ``Recursion`` that sums over its structures, and says how a
+structure is read off the parts that it uses. Then log Z is the recursion over logs and the marginals its gradient; the
+mode is the gradient over maxima, the k best over k maxima, a sample over drawn sums. A compiled kernel for one of
+these replaces ``_best`` or ``_draw``, or stands in the recursion itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from probllm.distributions.structure import StructuredDistribution, masked
+from probllm.math import recursion
+from probllm.math.chain import check_lengths, is_wrapped
+from probllm.math.recursion import Recursion
+from probllm.math.semirings import MAX, SAMPLING, KMax, Semiring
+
+SAMPLES_AT_ONCE = 1 << 24  # entries of the parts that are copied for one round of draws
+
+
+class InsideDistribution(StructuredDistribution):
+    """What a subclass sets, beside ``_structure``, ``_score``, ``_greatest``, ``_real`` and ``_with``."""
+
+    _dims: ClassVar[dict[str, int]]  # dimensions of each part beside the batch's, the main part first
+    _recursion: ClassVar[Recursion]
+    _given: dict[str, Tensor]  # the parts as the caller gave them, of one dtype
+    lengths: Tensor  # [*own batch] long
+
+    def _structure(self, used: dict[str, Tensor]) -> Tensor:
+        """The structures ``[*lead, *event]`` that use the parts which are 1 (others 0), ``[*lead, ...]`` each."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract in _structure")
+
+    def _set_up(self, parts: dict[str, Tensor], lengths: Tensor | None, longest: int, event: tuple[int, ...]) -> None:
+        """Checks dtypes, broadcasts the batch shapes, and sets what the base needs. Event shapes: the caller's check.
+
+        Raises:
+            TypeError: for scores that are not floating-point tensors.
+            ValueError: for batch shapes that do not broadcast, devices that differ, or lengths out of range.
+        """
+        device = next(iter(parts.values())).device
+        for name, x in parts.items():
+            if not x.is_floating_point():
+                raise TypeError(f"{name}: expected floating-point scores, got {x.dtype}")
+            if x.device != device:
+                raise ValueError(f"{name}: expected device {device} as {next(iter(parts))}, got {x.device}")
+        if lengths is None:
+            lengths = torch.tensor(longest, device=device)
+        check_lengths(lengths, longest)
+        leading = {name: x.shape[: x.dim() - self._dims[name]] for name, x in parts.items()}
+        try:
+            self._own_shape = torch.broadcast_shapes(*leading.values(), lengths.shape)
+        except RuntimeError:
+            shapes = {name: list(shape) for name, shape in (*leading.items(), ("lengths", lengths.shape))}
+            raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
+        dtype = next(iter(parts.values())).dtype
+        self._given = {name: x.to(dtype) for name, x in parts.items()}
+        self.lengths = lengths.to(device, torch.long).expand(self._own_shape)
+        self._kept = {}
+        super().__init__(self._own_shape, torch.Size(event), validate_args=False)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return self._given
+
+    def condition(self, allowed: Tensor) -> Self:
+        """The law given that its structure uses allowed main parts alone; ``log_partition`` keeps their mass.
+
+        Args:
+            allowed: bool, in the shape of the main scores.
+        """
+        main = next(iter(self._dims))
+        return self._conditioned(**{main: masked("allowed", self.parts[main], allowed, self._dims[main])})
+
+    # ---- what the base asks for
+
+    def _rows(self, name: str, batch: torch.Size | None = None) -> Tensor:
+        """A part of its own for each row of the batch (the stored one if None)."""
+        x = self.parts[name]
+        return x.expand(*(self._own_shape if batch is None else batch), *x.shape[x.dim() - self._dims[name] :])
+
+    def _expand_part(self, name: str, x: Tensor) -> Tensor:
+        return self._rows(name, self.batch_shape)
+
+    def _checked_parts(self) -> dict[str, Tensor]:
+        """The parts, once they are known to hold no NaN and no +inf."""
+
+        def check() -> bool:
+            for name, scores in self.parts.items():
+                if not is_wrapped(scores) and scores.numel() and not bool(scores.detach().amax() < math.inf):
+                    raise ValueError(f"{name}: scores must not be NaN or +inf (-inf forbids)")
+            return True
+
+        self._keep("checked", check)
+        return self.parts
+
+    def _flat(self, name: str, shared: bool) -> Tensor:
+        """A part as ``[B, ...]``, or ``[1, ...]`` where all rows share it and ``shared`` allows."""
+        x = self._checked_parts()[name]
+        event = x.shape[x.dim() - self._dims[name] :]
+        if shared and math.prod(x.shape[: x.dim() - self._dims[name]]) == 1:
+            return x.reshape(1, *event)
+        return self._rows(name).reshape(math.prod(self._own_shape), *event)
+
+    def _flat_lengths(self) -> Tensor:
+        return self.lengths.reshape(-1)
+
+    def _log_z(self) -> Tensor:
+        rows = math.prod(self._own_shape)
+        scores = tuple(self._flat(name, rows > 1 and name != next(iter(self._dims))) for name in self._dims)
+        if rows == 0:  # an empty batch: nothing, with gradients
+            return sum(x.sum() for x in scores).double().expand(self._own_shape)  # type: ignore[union-attr]
+        return recursion.log_partition(self._recursion, scores, self._flat_lengths()).reshape(self._own_shape)
+
+    def _expected(self) -> dict[str, Tensor]:
+        scores = tuple(self._flat(name, False) for name in self._dims)
+        if math.prod(self._own_shape) == 0:
+            found = tuple(x * 1.0 for x in scores)
+        else:
+            found = recursion.expected_parts(self._recursion, scores, self._flat_lengths())
+        return {name: x.reshape(*self._own_shape, *x.shape[1:]) for name, x in zip(self._dims, found, strict=True)}
+
+    def _run(self, semiring: Semiring, lead: tuple[int, ...] = ()) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Leaves over ``[*lead, *own batch]``, float64, and the recursion's values, width times such a batch."""
+        self._checked_parts()
+        with torch.enable_grad():
+            leaves = [
+                self._rows(name, torch.Size((*lead, *self._own_shape))).detach().double().clone().requires_grad_()
+                for name in self._dims
+            ]
+            values = self._recursion.inside(semiring, tuple(semiring.lift(x) for x in leaves), self.lengths).unbind(0)
+        return leaves, values
+
+    def _read(self, leaves: list[Tensor], value: Tensor, retain: bool = False) -> Tensor:
+        """The structures that the gradient of ``value`` ``[*lead]`` points at; -1 where the value is -inf."""
+        if not value.requires_grad:
+            used = [torch.zeros_like(x) for x in leaves]
+        else:
+            ones = torch.ones_like(value)
+            found = torch.autograd.grad(value, leaves, ones, retain_graph=retain, allow_unused=True)
+            used = [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+        with torch.no_grad():
+            structure = self._structure(dict(zip(self._dims, used, strict=True)))
+            empty = (value == -math.inf).reshape(*value.shape, *(1,) * len(self.event_shape))
+            return torch.where(empty, -1, structure)
+
+    def _best(self) -> Tensor:
+        leaves, values = self._run(MAX)
+        return self._read(leaves, values[0])
+
+    def _k_best(self, k: int) -> Tensor:
+        leaves, values = self._run(KMax(k))
+        return torch.stack([self._read(leaves, value, retain=True) for value in values])
+
+    def _draw(self, n: int) -> Tensor:
+        size = sum(self._rows(name).numel() for name in self._dims)
+        at_once = max(1, min(n, SAMPLES_AT_ONCE // max(1, size)))
+        drawn = []
+        for first in range(0, n, at_once):
+            leaves, values = self._run(SAMPLING, (min(at_once, n - first),))
+            drawn.append(self._read(leaves, values[0]))
+        if not drawn:
+            return self.lengths.new_zeros((0, *self._own_shape, *self.event_shape))
+        return torch.cat(drawn)
+
+    def _sum_parts(self, name: str, terms: Tensor) -> Tensor:
+        return terms.flatten(-self._dims[name]).sum(-1)
+
+    def _matching(self, other: Self) -> dict[str, Tensor]:
+        if bool((self.lengths != other.lengths).any()):
+            raise ValueError("q: expected a law with the same lengths")
+        return other.parts
