@@ -106,10 +106,14 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         lengths, *scores = ctx.saved_tensors
-        scores = [x.contiguous() for x in scores]
-        along = tuple(torch.zeros_like(x) if d is None else d for x, d in zip(scores, tangents[3:], strict=True))
-        change: Tensor = torch.func.jvp(lambda *given: ctx.recursion.twin(given, lengths), tuple(scores), along)[1]
-        return torch.where(torch.isnan(change), torch.zeros_like(change), change).double()
+        rows = lengths.shape[0]
+        scores = [x.expand(rows, *x.shape[1:]).contiguous() for x in scores]  # a gradient for each row
+        found = expected_parts(ctx.recursion, tuple(scores), lengths)
+        change = torch.zeros(rows, dtype=torch.float64, device=lengths.device)
+        for part, tangent in zip(found, tangents[3:], strict=True):
+            if tangent is not None:
+                change = change + (part * tangent).double().flatten(1).sum(1)
+        return change
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -147,12 +151,14 @@ class _Expected(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        lengths, *inputs = ctx.saved_tensors
-        inputs = [x.contiguous() for x in inputs]  # forward mode takes no tensor that repeats its memory
-        along = tuple(torch.zeros_like(x) if d is None else d for x, d in zip(inputs, tangents[2:], strict=True))
-        found: tuple[Tensor, ...] = torch.func.jvp(
-            partial(_twin_expected, ctx.recursion.twin, lengths), tuple(inputs), along
-        )[1]
+        lengths, weights, *scores = (x.contiguous() for x in ctx.saved_tensors)
+        # the expected parts are linear in the weights, and their derivative in the scores is symmetric
+        pull = torch.func.vjp(partial(_twin_expected, ctx.recursion.twin, lengths, weights), *scores)[1]
+        along = [torch.zeros_like(x) if d is None else d for x, d in zip(scores, tangents[3:], strict=True)]
+        found: tuple[Tensor, ...] = pull(tuple(along))
+        if tangents[2] is not None:
+            by_weights = _Expected.apply(ctx.recursion, lengths, tangents[2], *scores)  # type: ignore[no-untyped-call]
+            found = tuple(a + b for a, b in zip(found, by_weights, strict=True))
         return found
 
     @staticmethod
