@@ -3,6 +3,7 @@
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.second_order_crf import SecondOrderCRF
+from probllm.distributions.semi_markov_crf import SemiMarkovCRF
 from probllm.distributions.structure import StructuredDistribution
 
-__all__ = ["HiddenMarkovModel", "LinearChainCRF", "SecondOrderCRF", "StructuredDistribution"]
+__all__ = ["HiddenMarkovModel", "LinearChainCRF", "SecondOrderCRF", "SemiMarkovCRF", "StructuredDistribution"]

@@ -37,6 +37,7 @@ _OVER_STRUCTURES: dict[str, Capability] = {
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "LinearChainCRF": _OVER_STRUCTURES,
     "SecondOrderCRF": _OVER_STRUCTURES,
+    "SemiMarkovCRF": _OVER_STRUCTURES,
     "HiddenMarkovModel": {
         "log_prob": "exact",
         "mode": "intractable: every observation sequence sums over all state sequences",

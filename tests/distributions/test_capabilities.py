@@ -14,6 +14,7 @@ E, A = torch.randn(2, 3, 4), torch.randn(4, 4)
 LAWS = {
     "LinearChainCRF": distributions.LinearChainCRF(E, A),
     "SecondOrderCRF": distributions.SecondOrderCRF(E, torch.randn(4, 4, 4), A, torch.zeros(4)),
+    "SemiMarkovCRF": distributions.SemiMarkovCRF(torch.randn(2, 3, 2, 4), A),
     "HiddenMarkovModel": distributions.HiddenMarkovModel(
         torch.zeros(2, 4), A, dist.Normal(torch.arange(4.0), 1.0), duration=3
     ),
@@ -25,10 +26,11 @@ def ask(law: object, member: str) -> object:
     if not callable(found):
         return found
     value = law.sample()  # type: ignore[attr-defined]
-    every = torch.ones(2, 3, 4, dtype=torch.bool)
+    scores = law.marginals if "marginals" in CAPABILITIES[type(law).__name__] else E  # type: ignore[attr-defined]
+    every = torch.ones_like(scores, dtype=torch.bool)
     arguments = {
         "log_prob": (value,), "score": (value,), "posterior": (value,), "topk": (2,), "cross_entropy": (law,),
-        "expectation": (E,), "condition": (every,), "log_prob_partial": (every,),
+        "expectation": (scores,), "condition": (every,), "log_prob_partial": (every,),
     }  # fmt: skip
     return found(*arguments.get(member, ()))
 
