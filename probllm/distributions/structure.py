@@ -193,6 +193,21 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
     def _validate_sample(self, value: Tensor) -> None:
         """Checks belong to ``_checked``, which every path takes: padding may hold anything."""
 
+    def parts_of(self, value: Tensor) -> Tensor:
+        """1 at each main part that a structure uses, else 0, ``[..., *main]``; all 0 where the structure is -1."""
+        legal, main = self._checked(value), next(iter(self.parts))
+        ones = (1,) * len(self.event_shape)
+        empty = (value < 0).flatten(value.dim() - len(ones)).any(-1)
+        shape = torch.broadcast_shapes(value.shape[: value.dim() - len(ones)], self.batch_shape)
+        scores = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in self.parts.items()}
+        size = self._expand_part(main, self.parts[main]).shape[len(self.batch_shape) :]
+        with torch.enable_grad():
+            leaf = torch.zeros(*shape, *size, dtype=torch.float64, device=value.device, requires_grad=True)
+            total = self._with(**{**scores, main: leaf})._score(legal).sum()
+            used = torch.autograd.grad(total, leaf)[0]
+        used = used.masked_fill(empty.expand(shape).reshape(*shape, *(1,) * len(size)), 0.0)
+        return used.to(self._dtype)
+
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k structures of the highest scores, best first and distinct.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from probllm.distributions.structure import StructuredDistribution
+from probllm.objectives import structured_hinge
 
 Parts = dict[str, Tensor]
 
@@ -250,6 +251,38 @@ def minimum_risk_structure_has_the_least_expected_number_of_errors(case: Case) -
     close(mine[case.feasible], least[case.feasible], size_of(case))
 
 
+def parts_of_a_structure_are_its_indicator(case: Case) -> None:
+    found = case.law.parts_of(case.structures)
+    expected = indicators(case)
+    listed = case.listed.reshape(*case.listed.shape, *(1,) * (expected.dim() - case.listed.dim()))
+    assert torch.equal(found.masked_fill(~listed, 0.0), expected.masked_fill(~listed, 0.0))
+    assert float(case.law.parts_of(torch.full_like(case.law.mode, -1)[~case.feasible.any()]).abs().sum()) == 0
+
+
+def hinge_is_the_greatest_violation_of_the_margin(case: Case) -> None:
+    value = torch.where(
+        case.feasible.reshape(*case.feasible.shape, *(1,) * len(case.law.event_shape)), case.law.mode, 0
+    )
+    used = indicators(case).flatten(1 + len(case.law.batch_shape))
+    differences = (used - case.law.parts_of(value).flatten(len(case.law.batch_shape))).abs().sum(-1)
+    expected = (case.scores + 0.5 * differences).amax(0) - case.scores.amax(0)
+    expected = torch.where(case.feasible, expected, 0.0)
+    close(structured_hinge(case.law, case.law.mode, 0.5), expected, size_of(case))
+
+
+def score_function_gradient_is_the_exact_one(case: Case) -> None:
+    """sum of p(x) f(x) grad log p(x) = grad E[f] for an additive f, which takes second derivatives of log Z."""
+    values = {name: case.noise(x) for name, x in case.law.parts.items()}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in case.whole().items()}
+    law = case.build(**leaves)
+    exact = gradients(law.expectation(values).sum(), leaves)
+    log_prob = law.log_prob(case.structures)
+    weight = case.probabilities * torch.where(case.probabilities > 0, case.score(values), 0.0)
+    surrogate = torch.where(weight != 0, weight * torch.where(weight != 0, log_prob, 0.0), 0.0)
+    for name, gradient in gradients(surrogate.sum(), leaves).items():
+        close(exact[name], gradient, 10 * size_of(case))
+
+
 def temperature_divides_the_scores(case: Case) -> None:
     """p at temperature t is p^(1/t) normalised: hot, all allowed structures are alike; cold, the best has all."""
     for temperature in (0.5, 3.0):
@@ -375,6 +408,9 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     cross_entropy_and_divergence_are_the_enumerated_ones,
     expectation_is_the_enumerated_mean,
     minimum_risk_structure_has_the_least_expected_number_of_errors,
+    parts_of_a_structure_are_its_indicator,
+    hinge_is_the_greatest_violation_of_the_margin,
+    score_function_gradient_is_the_exact_one,
     temperature_divides_the_scores,
     conditioning_is_bayes_rule,
     log_count_counts_the_allowed_structures,
