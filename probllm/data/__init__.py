@@ -9,17 +9,28 @@ from probllm.data.bio import (
     tags_from_spans,
 )
 from probllm.data.captions import CaptionedImage, load_image, read_captioned_images
-from probllm.data.conll import TaggedSentence, TreebankSentence, read_conll, read_conllu, read_tagged, write_conll
+from probllm.data.conll import (
+    TaggedSentence,
+    TreebankSentence,
+    read_conll,
+    read_conllu,
+    read_tagged,
+    write_conll,
+    write_conllu,
+)
 from probllm.data.dataset import Batch, Batches, Dataset, Example
+from probllm.data.dependencies import find_cycle, is_projective, projectivise
 from probllm.data.digits import Digits, digits
 from probllm.data.emoji import Glyphs, emoji_glyphs, emoji_languages, emoji_names
 from probllm.data.features import TAGGING_TEMPLATES, FeatureHasher
 from probllm.data.lines import LabelledText, read_labelled_lines, read_lines, read_parallel_lines, read_text
+from probllm.data.parsing import ParsingVocabulary
 from probllm.data.pronunciations import Pronunciation, letters_to_phonemes, pronunciations, stress_tagging
 from probllm.data.python_reference import PythonReference, python_reference
 from probllm.data.splits import Split, random_split
 from probllm.data.subwords import Subwords, WordPieces
 from probllm.data.tagging import TaggingVocabulary
+from probllm.data.turkish import turkish_treebank
 from probllm.data.vocabulary import Vocabulary
 from probllm.data.word_classes import WordClasses
 
@@ -34,6 +45,7 @@ __all__ = [
     "FeatureHasher",
     "Glyphs",
     "LabelledText",
+    "ParsingVocabulary",
     "Pronunciation",
     "PythonReference",
     "Span",
@@ -50,8 +62,11 @@ __all__ = [
     "emoji_glyphs",
     "emoji_languages",
     "emoji_names",
+    "find_cycle",
+    "is_projective",
     "letters_to_phonemes",
     "load_image",
+    "projectivise",
     "pronunciations",
     "python_reference",
     "random_split",
@@ -68,5 +83,7 @@ __all__ = [
     "spans_from_tags",
     "stress_tagging",
     "tags_from_spans",
+    "turkish_treebank",
     "write_conll",
+    "write_conllu",
 ]

@@ -8,11 +8,12 @@ Column CoNLL: a word and one or more tags a line, tabs or spaces between, a blan
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from probllm.data.dependencies import find_cycle
 from probllm.data.lines import FilePath, malformed, numbered_lines
 
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
@@ -126,12 +127,16 @@ def read_conll(path: FilePath, column: int = -1) -> list[TaggedSentence]:
     return sentences
 
 
-def read_conllu(path: FilePath) -> list[TreebankSentence]:
+def read_conllu(path: FilePath, trees: bool = False) -> list[TreebankSentence]:
     """Sentences of a CoNLL-U file.
 
+    Args:
+        path: a file, plain or ``.gz``.
+        trees: whether every word must have a head and a relation, and the heads of a sentence form a tree.
     Raises:
-        ValueError: for a line without ten tab-separated columns, an empty column, a number out of order, or a head that
-            is no other word of the sentence (with file and line); or an empty file.
+        ValueError: for a line without ten tab-separated columns, an empty column, a number out of order, a head that is
+            no other word of the sentence, or, with ``trees``, a word without a head or relation or on a cycle (with
+            file and line); or an empty file.
     """
     sentences = []
     for rows in _blocks(path):
@@ -167,10 +172,23 @@ def read_conllu(path: FilePath) -> list[TreebankSentence]:
             if head_number > len(sentence) or head_number == position:
                 message = f"head must be another word from 1 to {len(sentence)} or 0, got {head_number}"
                 raise malformed(path, number, message)
+        if trees:
+            _check_tree(path, numbers, sentence)
         sentences.append(sentence)
     if not sentences:
         raise ValueError(f"{path}: no sentence in the file")
     return sentences
+
+
+def _check_tree(path: FilePath, numbers: Sequence[int], sentence: TreebankSentence) -> None:
+    """Raises, with the line, for a word without a head or relation, or on a cycle."""
+    for number, head, relation in zip(numbers, sentence.heads, sentence.relations, strict=True):
+        if head < 0 or relation == "_":
+            raise malformed(path, number, f"the word has no {'head' if head < 0 else 'relation'}; expected a tree")
+    cycle = find_cycle(sentence.heads)
+    if cycle:
+        words = " -> ".join(map(str, [*cycle, cycle[0]]))
+        raise malformed(path, numbers[cycle[0] - 1], f"the heads form a cycle, {words}; expected a tree")
 
 
 def _is_extra(path: FilePath, number: int, identifier: str, words: int) -> bool:
@@ -214,5 +232,30 @@ def write_conll(path: FilePath, sentences: Iterable[tuple[Iterable[str], Iterabl
             if not word.strip(" ") or not tag.strip() or any(mark in word + tag for mark in "\t\n\r"):
                 raise ValueError(f"a word and tag that two columns cannot hold: {word!r}, {tag!r}")
             rows.append(f"{word}\t{tag}\n")
+        rows.append("\n")
+    Path(path).write_text("".join(rows), encoding="utf-8", newline="\n")
+
+
+def write_conllu(path: FilePath, sentences: Iterable[TreebankSentence]) -> None:
+    """Write sentences of a treebank, as ``read_conllu`` reads them; a list that is empty becomes a column of ``_``.
+
+    Multiword ranges, empty nodes and the last two columns (``deps``, ``misc``) are not kept.
+
+    Raises:
+        ValueError: if a list has another number of entries than there are words, or an entry is empty or holds a tab or
+            a line end.
+    """
+    rows = []
+    for number, sentence in enumerate(sentences, start=1):
+        rows += [f"# {comment}\n" for comment in sentence.comments]
+        heads = ["_" if head < 0 else str(head) for head in sentence.heads]
+        lists = [sentence.words, sentence.lemmas, sentence.upos, sentence.xpos, sentence.features, heads]
+        columns = [column or ["_"] * len(sentence) for column in (*lists, sentence.relations)]
+        if any(len(column) != len(sentence) for column in columns):
+            raise ValueError(f"sentence {number} has {len(sentence)} words but columns of {list(map(len, columns))}")
+        for position, cells in enumerate(zip(*columns, strict=True), start=1):
+            if any(not cell or any(mark in cell for mark in "\t\n\r") for cell in cells):
+                raise ValueError(f"sentence {number} has a word that tab-separated columns cannot hold: {cells}")
+            rows.append("\t".join([str(position), *cells, "_", "_"]) + "\n")
         rows.append("\n")
     Path(path).write_text("".join(rows), encoding="utf-8", newline="\n")

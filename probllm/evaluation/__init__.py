@@ -1,6 +1,7 @@
 """Judging predictions: arrays in, numbers or pictures out. Nothing here knows a model."""
 
 from probllm.evaluation.arviz_data import to_arviz
+from probllm.evaluation.attachment import AttachmentCounts, AttachmentScores, attachment_counts, attachment_scores
 from probllm.evaluation.bootstrap import Difference, Estimate, bootstrap, paired_bootstrap
 from probllm.evaluation.calibration import ReliabilityCurve, expected_calibration_error, reliability_curve
 from probllm.evaluation.entities import SpanScores, span_counts, span_scores
@@ -8,11 +9,15 @@ from probllm.evaluation.plots import plot_confusion, plot_learning, plot_margina
 from probllm.evaluation.tagging import accuracy, confusion_matrix, correct_tokens, token_nll, unpad
 
 __all__ = [
+    "AttachmentCounts",
+    "AttachmentScores",
     "Difference",
     "Estimate",
     "ReliabilityCurve",
     "SpanScores",
     "accuracy",
+    "attachment_counts",
+    "attachment_scores",
     "bootstrap",
     "confusion_matrix",
     "correct_tokens",

@@ -1,6 +1,7 @@
 """Encoders, embeddings, attention, potentials: layers from ids and pictures to states, from states to scores."""
 
 from probllm.nn.attention import CrossAttention, SelfAttention
+from probllm.nn.biaffine import BiaffineArcs
 from probllm.nn.cache import KeyValueCache
 from probllm.nn.config import Configurable, from_config, to_config
 from probllm.nn.convolution import ConvolutionEncoder
@@ -20,6 +21,7 @@ from probllm.nn.subwords import SubwordPooling, pool_subwords
 from probllm.nn.transformer import TransformerEncoder, TransformerLayer
 
 __all__ = [
+    "BiaffineArcs",
     "ChainPotentials",
     "CharacterCNN",
     "Configurable",
