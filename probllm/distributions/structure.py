@@ -92,7 +92,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
 
     @property
     def support(self) -> constraints.Constraint:
-        return _Structures(self._greatest())
+        return constraints.independent(_Structures(self._greatest()), len(self.event_shape) - 1)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -1,0 +1,80 @@
+"""Sums over the binary trees on T leaves whose spans carry labels: CKY over a semiring, and what a set of spans says.
+
+    beta(i, i) = s(i, i),   beta(i, j) = s(i, j) * sum_{i <= k < j} beta(i, k) * beta(k + 1, j),   s = sum over labels
+    Z = beta(1, n)
+
+Labels do not see each other, so they are summed before the trees: O(T^2 K + T^3). A tree over n leaves has 2n - 1
+spans, those of one leaf among them. Source: Stern, Andreas and Klein (2017); the recursion is the inside algorithm of
+Baker (1979).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probllm.math.recursion import Recursion
+from probllm.math.semirings import Semiring
+
+
+def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
+    """Z ``[width, *lead]`` of scores ``[width, *lead, T, T, K]``, one launch for all spans of a width."""
+    chart = semiring.sum(parts[0], -1)
+    leaves = chart.diagonal(dim1=-2, dim2=-1)
+    total = leaves[..., 0]
+    # spans by their first leaf with the narrowest first, and by their last leaf with the widest first: a span of width
+    # w joins those of widths (1, w - 1), ..., (w - 1, 1), which then stand side by side
+    by_first = by_last = leaves.unsqueeze(-1)
+    for width in range(2, chart.shape[-1] + 1):
+        joined = semiring.dot(by_first[..., :-1, :], by_last[..., 1:, :], -1)
+        beta = semiring.times(joined, chart.diagonal(width - 1, dim1=-2, dim2=-1))
+        by_first = torch.cat([by_first[..., :-1, :], beta.unsqueeze(-1)], -1)
+        by_last = torch.cat([beta.unsqueeze(-1), by_last[..., 1:, :]], -1)
+        total = torch.where(lengths == width, beta[..., 0], total)
+    return semiring.sum(total.unsqueeze(-1), -1)  # a sum of nothing but zero sends no gradient back, a product would
+
+
+def split_points(present: Tensor) -> Tensor:
+    """Where each span of a tree splits: the last leaf of its left child.
+
+    Args:
+        present: bool ``[..., T, T]``, True at (first, last) of the tree's spans.
+    Returns:
+        ``[..., T, T]`` long: the last leaf of the widest narrower span that begins at the same leaf; -1 if none does.
+    """
+    size = present.shape[-1]
+    last = torch.where(present, torch.arange(size, device=present.device), -1)
+    widest = last.cummax(-1).values
+    return torch.cat([torch.full_like(last[..., :1], -1), widest[..., :-1]], -1)
+
+
+def are_trees(present: Tensor, lengths: Tensor) -> Tensor:
+    """Whether the spans are those of one binary tree over leaves 0 to n - 1, ``[...]`` bool.
+
+    They are if there are 2n - 1, (0, n - 1) among them, and each of more than one leaf splits into two of them: the
+    spans that splitting reaches are then a tree of 2n - 1.
+
+    Args:
+        present: bool ``[..., T, T]``, spans at (first, last), none at padding.
+        lengths: ``[...]`` long.
+    """
+    size = present.shape[-1]
+    split = split_points(present)
+    rows = torch.arange(size, device=present.device)
+    after = (split + 1).clamp_max(size - 1)  # the right child begins there; a split before the last leaf is in range
+    right = present.transpose(-1, -2).gather(-1, after.transpose(-1, -2)).transpose(-1, -2)
+    one = rows.unsqueeze(-1) == rows
+    splits = one | ((split >= rows.unsqueeze(-1)) & right)
+    upper = rows.unsqueeze(-1) <= rows
+    sound = (~present | (splits & upper)).flatten(-2).all(-1)
+    top = present[..., 0, :].gather(-1, (lengths - 1).unsqueeze(-1).expand(*present.shape[:-2], 1)).squeeze(-1)
+    return sound & top & (present.flatten(-2).sum(-1) == 2 * lengths - 1)
+
+
+def within_lengths(lengths: Tensor, size: int) -> Tensor:
+    """``[..., T, T]`` bool: the spans (first, last) with first <= last < length."""
+    leaves = torch.arange(size, device=lengths.device)
+    return (leaves.unsqueeze(-1) <= leaves) & (leaves < lengths[..., None, None])
+
+
+RECURSION = Recursion(inside)
