@@ -27,7 +27,7 @@ class InsideDistribution(StructuredDistribution):
     """What a subclass sets, beside ``_structure``, ``_score``, ``_greatest``, ``_real`` and ``_with``."""
 
     _dims: ClassVar[dict[str, int]]  # dimensions of each part beside the batch's, the main part first
-    _recursion: ClassVar[Recursion]
+    _recursion: Recursion
     _given: dict[str, Tensor]  # the parts as the caller gave them, of one dtype
     lengths: Tensor  # [*own batch] long
 
