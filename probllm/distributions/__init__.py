@@ -2,8 +2,18 @@
 
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.linear_chain_crf import LinearChainCRF
+from probllm.distributions.monotonic_alignment import MonotonicAlignment
 from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.distributions.semi_markov_crf import SemiMarkovCRF
+from probllm.distributions.span_tree import SpanTree
 from probllm.distributions.structure import StructuredDistribution
 
-__all__ = ["HiddenMarkovModel", "LinearChainCRF", "SecondOrderCRF", "SemiMarkovCRF", "StructuredDistribution"]
+__all__ = [
+    "HiddenMarkovModel",
+    "LinearChainCRF",
+    "MonotonicAlignment",
+    "SecondOrderCRF",
+    "SemiMarkovCRF",
+    "SpanTree",
+    "StructuredDistribution",
+]
