@@ -16,6 +16,7 @@ from torch import Tensor
 
 from probllm.distributions.inside import InsideDistribution
 from probllm.math import semimarkov
+from probllm.math.chain import is_wrapped
 from probllm.math.masks import mask_from_lengths
 
 
@@ -70,11 +71,29 @@ class SemiMarkovCRF(InsideDistribution):
         return int(self.parts["segments"].shape[-2])
 
     def _with(self, **parts: Tensor) -> Self:
-        return type(self)(**{**self.parts, **parts}, lengths=self.lengths)
+        given = {**self.parts, **parts}
+        return type(self)(given["segments"], given["transitions"], given["start"], given["end"], self.lengths)
 
     def _structure(self, used: dict[str, Tensor]) -> Tensor:
         starts, label = used["segments"].amax(-2).max(-1)
         return torch.where(starts > 0, label + 1, 0)
+
+    def _compilable(self) -> bool:
+        return not any(x.device.type != "cpu" or is_wrapped(x) for x in (*self.parts.values(), self.lengths))
+
+    def _scores(self) -> tuple[Tensor, ...]:
+        return tuple(self._flat(name, name != "segments") for name in self._dims)
+
+    def _best(self) -> Tensor:
+        if not self._compilable():
+            return super()._best()
+        return semimarkov.viterbi(self._scores(), self._flat_lengths())[1].reshape(*self._own_shape, *self.event_shape)
+
+    def _draw(self, n: int) -> Tensor:
+        if not self._compilable():
+            return super()._draw(n)
+        drawn = semimarkov.sample(self._scores(), self._flat_lengths(), n)
+        return drawn.reshape(n, *self._own_shape, *self.event_shape)
 
     def _greatest(self) -> int:
         return int(self.parts["segments"].shape[-1])

@@ -1,4 +1,4 @@
-"""The list of all segmentations with what each is made of, found by walking through it; for tests of semi-Markov laws."""
+"""All segmentations, and what each is made of, found by walking through it; for tests of semi-Markov laws."""
 
 from __future__ import annotations
 
