@@ -1,7 +1,7 @@
 """The Turkish Web Treebank, from the ``turkish-treebanks`` package (Apache 2.0).
 
 4,851 sentences (81,370 nodes) from the web and from wikis. Words stand cut into inflectional groups, each a node of its
-own that hangs on the next by the relation ``ig``; one tree in fifteen has crossing arcs. Relations are those of Stanford
+own that hangs on the next by the relation ``ig``; one tree in fifteen has crossing arcs. Relations are Stanford
 dependencies.
 Source: Kayadelen, Öztürel and Bohnet (2020), "A gold standard dependency treebank for Turkish".
 """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probllm.data import read_conll, read_conllu, read_tagged, write_conll
+from probllm.data import TreebankSentence, read_conll, read_conllu, read_tagged, write_conll, write_conllu
 
 cell = st.text(st.characters(exclude_characters="\n\r\t\ufeff", exclude_categories=["Cs"]), min_size=1).filter(
     lambda text: bool(text.strip()) and text != "-DOCSTART-"
@@ -171,3 +171,46 @@ def test_wnut17_has_its_published_counts(corpora):
         sentences = read_tagged(corpora / "wnut17" / f"{part}.conll.gz")
         tags = Counter(tag[:2] for sentence in sentences for tag in sentence.tags)
         assert (len(sentences), tags["B-"]) == (count, entities)
+
+
+def test_trees_come_back_as_written(tmp_path):
+    path = tmp_path / "a.conllu"
+    path.write_text(CONLLU, encoding="utf-8")
+    sentences = read_conllu(path, trees=True)
+    write_conllu(tmp_path / "b.conllu", sentences)
+    assert read_conllu(tmp_path / "b.conllu", trees=True) == sentences
+
+
+def test_what_is_not_annotated_is_written_as_underscores(tmp_path):
+    write_conllu(tmp_path / "a.conllu", [TreebankSentence(["to", "be"], heads=[-1, 1])])
+    assert (tmp_path / "a.conllu").read_text() == ("1\tto\t_\t_\t_\t_\t_\t_\t_\t_\n2\tbe\t_\t_\t_\t_\t1\t_\t_\t_\n\n")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "message"),
+    [
+        (TreebankSentence(["a", "b"], heads=[0]), "sentence 1 has 2 words but columns of"),
+        (TreebankSentence(["a\tb"]), "sentence 1 has a word that tab-separated columns cannot hold"),
+        (TreebankSentence([""]), "cannot hold"),
+    ],
+)
+def test_what_conllu_cannot_hold_is_not_written(tmp_path, sentence, message):
+    with pytest.raises(ValueError, match=message):
+        write_conllu(tmp_path / "a.conllu", [sentence])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(), row((0, "2"), (6, "3")), row((0, "3"), (6, "2"))], ":2: the heads form a cycle, 2 -> 3 -> 2"),
+        ([row((6, "2")), row((0, "2"), (6, "1"))], ":1: the heads form a cycle, 1 -> 2 -> 1"),
+        ([row(), row((0, "2"), (6, "_"))], ":2: the word has no head"),
+        ([row((7, "_"))], ":1: the word has no relation"),
+    ],
+)
+def test_what_is_no_tree_is_reported_with_file_and_line_where_trees_are_wanted(tmp_path, rows, message):
+    path = tmp_path / "bad.conllu"
+    path.write_text("\n".join(rows))
+    read_conllu(path)
+    with pytest.raises(ValueError, match=rf"bad\.conllu{message}"):
+        read_conllu(path, trees=True)

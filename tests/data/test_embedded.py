@@ -13,11 +13,13 @@ from probllm.data import (
     emoji_glyphs,
     emoji_languages,
     emoji_names,
+    is_projective,
     letters_to_phonemes,
     pronunciations,
     python_reference,
     random_split,
     stress_tagging,
+    turkish_treebank,
 )
 from probllm.data.pronunciations import split_words, tag_stress
 
@@ -131,6 +133,22 @@ def test_the_python_reference_is_plain_english_with_its_checksum():
     assert text.startswith('The "assert" statement')
     if sys.version_info[:2] == (3, 11):
         assert abs(len(text) - 464_970) < 2_000
+
+
+def test_the_turkish_treebank_has_its_trees_and_splits_without_repeats():
+    split = turkish_treebank()
+    sentences = split.train + split.dev + split.test
+    assert [len(part) for part in split] == [4365, 242, 244]
+    assert sum(map(len, sentences)) == 81_370
+    assert len({tuple(sentence.words) for sentence in sentences}) == 4851
+    assert sum(not is_projective(sentence.heads) for sentence in sentences) == 315
+    assert all(sentence.heads.count(0) == 1 for sentence in sentences)
+
+
+def test_a_missing_treebank_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr("probllm.data.turkish.PACKAGE", "no-such-package")
+    with pytest.raises(ImportError, match=r"pip install 'probllm\[data\]'"):
+        turkish_treebank.__wrapped__()
 
 
 @pytest.mark.parametrize(
