@@ -214,16 +214,3 @@ def test_law_in_a_plate_is_observed_sampled_and_fitted_by_svi() -> None:
     drawn = pyro.infer.Predictive(model, {}, num_samples=5)()["trees"]
     assert drawn.shape == (5, 3, 4, 4)
     assert bool(torch.isfinite(SpanTree(torch.zeros(4, 4, 2), lengths).log_prob(drawn)).all())
-
-
-def test_score_function_gradient_of_an_expectation_is_the_exact_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    spans = torch.randn(3, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
-    worth = torch.randn(3, 3, 2, generator=generator, dtype=torch.float64)
-    law = SpanTree(spans)
-    trees = torch.stack([chart(tree, 3) for tree in all_trees(3, 2)])
-    reward = SpanTree(worth).score(trees)
-    (exact,) = torch.autograd.grad((law.log_prob(trees).exp() * reward).sum(), spans, retain_graph=True)
-    surrogate = (law.log_prob(trees).exp().detach() * law.log_prob(trees) * reward).sum()
-    torch.testing.assert_close(torch.autograd.grad(surrogate, spans, retain_graph=True)[0], exact)
-    torch.testing.assert_close(torch.autograd.grad(law.expectation(worth), spans)[0], exact)
