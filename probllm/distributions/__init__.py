@@ -1,5 +1,6 @@
 """Pyro distributions whose sample is a structure, or that have summed one out."""
 
+from probllm.distributions.grammar_tree import GrammarTree
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.monotonic_alignment import MonotonicAlignment
@@ -9,6 +10,7 @@ from probllm.distributions.span_tree import SpanTree
 from probllm.distributions.structure import StructuredDistribution
 
 __all__ = [
+    "GrammarTree",
     "HiddenMarkovModel",
     "LinearChainCRF",
     "MonotonicAlignment",

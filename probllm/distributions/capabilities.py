@@ -39,6 +39,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "SecondOrderCRF": _OVER_STRUCTURES,
     "SemiMarkovCRF": _OVER_STRUCTURES,
     "SpanTree": _OVER_STRUCTURES,
+    "GrammarTree": _OVER_STRUCTURES,
     "HiddenMarkovModel": {
         "log_prob": "exact",
         "mode": "intractable: every observation sequence sums over all state sequences",

@@ -16,6 +16,7 @@ LAWS = {
     "SecondOrderCRF": distributions.SecondOrderCRF(E, torch.randn(4, 4, 4), A, torch.zeros(4)),
     "SemiMarkovCRF": distributions.SemiMarkovCRF(torch.randn(2, 3, 2, 4), A),
     "SpanTree": distributions.SpanTree(torch.randn(2, 3, 3, 4)),
+    "GrammarTree": distributions.GrammarTree(torch.randn(2, 3, 3, 4), torch.randn(3, 4, 4), torch.randn(3)),
     "HiddenMarkovModel": distributions.HiddenMarkovModel(
         torch.zeros(2, 4), A, dist.Normal(torch.arange(4.0), 1.0), duration=3
     ),
