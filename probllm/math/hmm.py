@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probllm.math.chain import as_chain, chain_log_partition, check_lengths
+from probllm.math.chain import Chain, as_chain, chain_log_partition, check_lengths
 from probllm.math.chain_passes import forward_backward
 from probllm.math.kernels import categorical_hmm, chain_scaled
 from probllm.math.kernels.threads import run_shares
@@ -30,6 +30,24 @@ class Counts(NamedTuple):
     initial: Tensor  # [K]
     transition: Tensor  # [K, K], [from, to]
     emission: Tensor  # [K, V]
+
+
+@untraced
+def expected_steps(chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
+    """The E step of any HMM, from its scores: log Z ``[B]``, P(z_t = k) ``[B, T, K]``, expected transitions ``[K, K]``.
+
+    The transitions are those that all rows and steps share, summed over both. No gradients.
+    """
+    if chain.emissions.device.type == "cpu":
+        done = forward_backward(*chain[:5], backward=2)
+        log_z, gamma = done.log_z, done.marginals
+        pairs = done.pairs(torch.ones((), dtype=gamma.dtype).expand(gamma.shape[0]))
+    else:
+        parts = [x.detach().requires_grad_() for x in chain[:2]]
+        log_z = chain_log_partition(chain._replace(emissions=parts[0], transitions=parts[1]))
+        gamma, pairs = torch.autograd.grad(torch.where(torch.isfinite(log_z), log_z, 0.0).sum(), parts)
+    moves = pairs[0, 0] if chain.emissions.shape[1] > 1 else torch.zeros_like(chain.transitions[0, 0])
+    return log_z.detach(), gamma, moves
 
 
 @untraced
@@ -143,16 +161,7 @@ def _counts_of_chain(symbols: Tensor, scores: list[Tensor], lengths: Tensor | No
     emissions = emission.t().contiguous().index_select(0, symbols.reshape(-1)).view(*symbols.shape, k)
     if allowed is not None:
         emissions = emissions.masked_fill(~allowed, -torch.inf)
-    chain = as_chain(emissions, transition, initial, None, lengths)
-    if emissions.device.type == "cpu":
-        done = forward_backward(*chain[:5], backward=2)
-        log_z, gamma = done.log_z, done.marginals
-        pairs = done.pairs(torch.ones((), dtype=gamma.dtype).expand(gamma.shape[0]))
-    else:
-        parts = [x.detach().requires_grad_() for x in chain[:2]]
-        log_z = chain_log_partition(chain._replace(emissions=parts[0], transitions=parts[1]))
-        gamma, pairs = torch.autograd.grad(torch.where(torch.isfinite(log_z), log_z, 0.0).sum(), parts)
+    log_z, gamma, moves = expected_steps(as_chain(emissions, transition, initial, None, lengths))
     counted = torch.zeros(size, k, dtype=gamma.dtype, device=gamma.device)
     counted.index_add_(0, symbols.reshape(-1), gamma.reshape(-1, k))
-    moves = pairs[0, 0] if symbols.shape[1] > 1 else torch.zeros_like(transition)
-    return Counts(log_z.detach().to(emissions.dtype), gamma[:, 0].sum(0), moves, counted.t())
+    return Counts(log_z.to(emissions.dtype), gamma[:, 0].sum(0), moves, counted.t())

@@ -1,8 +1,26 @@
 """Models: an encoder, potentials and a law, as a Pyro program with the same verbs everywhere; one file a model."""
 
 from probllm.models.crf_tagger import CRFTagger
+from probllm.models.dependency_parser import DependencyParser
+from probllm.models.gaussian_emissions import GaussianEmissions, MixtureEmissions
+from probllm.models.head_selection_parser import HeadSelectionParser
+from probllm.models.hmm import HMM
+from probllm.models.hmm_emissions import CategoricalEmissions, Emissions, PoissonEmissions
 from probllm.models.hmm_tagger import HMMTagger
 from probllm.models.model import Model
 from probllm.models.softmax_tagger import SoftmaxTagger
 
-__all__ = ["CRFTagger", "HMMTagger", "Model", "SoftmaxTagger"]
+__all__ = [
+    "HMM",
+    "CRFTagger",
+    "CategoricalEmissions",
+    "DependencyParser",
+    "Emissions",
+    "GaussianEmissions",
+    "HMMTagger",
+    "HeadSelectionParser",
+    "MixtureEmissions",
+    "Model",
+    "PoissonEmissions",
+    "SoftmaxTagger",
+]

@@ -1,0 +1,213 @@
+"""EM, variational Bayes and stochastic EM of a hidden Markov model with conjugate emissions.
+
+    E: gamma_t(k) = P(z_t = k | x) and the expected transitions, by one pass over the chain (Baum-Welch)
+    M: each row of the chain to the mode of its Dirichlet, each emission to the mode of its posterior
+
+The point estimate never lowers log likelihood + log prior. Variational Bayes (Beal 2003, chapter 3) keeps the
+posteriors in place of their modes and never lowers the bound, sum log Z - KL. Stochastic EM (Cappe and Moulines 2009)
+averages the statistics of minibatches with steps (t + 2)^-step, and sees the data once or a few times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from probllm.math.chain import as_chain
+from probllm.math.conjugate import dirichlet_divergence, expected_log
+from probllm.math.hmm import expected_steps
+from probllm.models.hmm_emissions import Emissions, Statistics
+
+
+class Series(NamedTuple):
+    """A batch of sequences: observations ``[B, T, ...]``, lengths ``[B]``, and which steps were observed ``[B, T]``."""
+
+    observations: Tensor
+    lengths: Tensor
+    seen: Tensor
+
+
+@dataclass
+class Estimate:
+    """The state of a run: log rows of the chain, float64, and the emissions, whose parameters it changes."""
+
+    initial: Tensor  # [K]
+    transition: Tensor  # [K, K]
+    emissions: Emissions
+    initial_concentration: float
+    transition_concentration: float
+
+    @property
+    def num_states(self) -> int:
+        return len(self.initial)
+
+
+class Sums(NamedTuple):
+    """Expected statistics of some sequences, and their log likelihood."""
+
+    log_likelihood: Tensor
+    initial: Tensor
+    transition: Tensor
+    emission: Statistics
+
+    def plus(self, other: Sums) -> Sums:
+        """The sums of both."""
+        emission = tuple(a + b for a, b in zip(self.emission, other.emission, strict=True))
+        chain = (self.initial + other.initial, self.transition + other.transition)
+        return Sums(self.log_likelihood + other.log_likelihood, *chain, emission)
+
+    def mixed(self, other: Sums, rate: float, scale: float) -> Sums:
+        """(1 - rate) of these and ``rate scale`` of the others."""
+
+        def mix(a: Tensor, b: Tensor) -> Tensor:
+            return (1 - rate) * a + rate * scale * b
+
+        return Sums(
+            mix(self.log_likelihood, other.log_likelihood),
+            mix(self.initial, other.initial),
+            mix(self.transition, other.transition),
+            tuple(mix(a, b) for a, b in zip(self.emission, other.emission, strict=True)),
+        )
+
+
+def batches_of(sequences: Sequence[tuple[Tensor, Tensor]], max_steps: int) -> list[Series]:
+    """Observations ``[T, ...]`` and what was seen ``[T]`` as padded batches of similar length."""
+    batches: list[list[tuple[Tensor, Tensor]]] = [[]]
+    for sequence in sorted(sequences, key=lambda sequence: len(sequence[0])):
+        if batches[-1] and (len(batches[-1]) + 1) * len(sequence[0]) > max_steps:
+            batches.append([])
+        batches[-1].append(sequence)
+    pad = nn.utils.rnn.pad_sequence
+    return [
+        Series(
+            pad([x for x, _ in batch], batch_first=True),
+            torch.tensor([len(x) for x, _ in batch]),
+            pad([seen for _, seen in batch], batch_first=True),
+        )
+        for batch in batches
+    ]
+
+
+def expect(
+    initial: Tensor, transition: Tensor, emissions: Emissions, score: Callable[[Tensor], Tensor], batch: Series
+) -> tuple[Sums, Tensor]:
+    """The E step of one batch under ``score(observations [N, ...]) -> [N, K]``, and gamma ``[B, T, K]``.
+
+    Raises:
+        ValueError: if a sequence is impossible.
+    """
+    seen = batch.seen
+    observed = batch.observations[seen]
+    scores = torch.zeros(*seen.shape, len(initial), dtype=torch.float64)
+    scores[seen] = score(observed)
+    log_z, gamma, moves = expected_steps(as_chain(scores, transition, initial, None, batch.lengths))
+    if bool((log_z == -torch.inf).any()):
+        raise ValueError("data holds a sequence that the model gives probability 0")
+    return Sums(log_z.sum(), gamma[:, 0].sum(0), moves, emissions.statistics(observed, gamma[seen])), gamma
+
+
+def _expect_all(
+    initial: Tensor, transition: Tensor, emissions: Emissions, score: Callable[[Tensor], Tensor], data: list[Series]
+) -> Sums:
+    total: Sums | None = None
+    for batch in data:
+        found = expect(initial, transition, emissions, score, batch)[0]
+        total = found if total is None else total.plus(found)
+    assert total is not None
+    return total
+
+
+def _log_prior(run: Estimate) -> Tensor:
+    """In the softmax basis, where the mode of a Dirichlet is (counts + concentration) / sum."""
+    rows = run.initial_concentration * run.initial.sum() + run.transition_concentration * run.transition.sum()
+    return rows + run.emissions.log_prior()
+
+
+def _maximise(run: Estimate, sums: Sums) -> None:
+    run.initial = (sums.initial + run.initial_concentration).log().log_softmax(-1)
+    run.transition = (sums.transition + run.transition_concentration).log().log_softmax(-1)
+    run.emissions.maximise(sums.emission)
+
+
+def maximise_expectation(
+    run: Estimate, data: list[Series], iterations: int, tolerance: float
+) -> Iterator[tuple[float, float]]:
+    """EM; yields log likelihood and log posterior density before each iteration, and stops when they gain little."""
+    before = -torch.inf
+    for _ in range(iterations):
+        sums = _expect_all(run.initial, run.transition, run.emissions, run.emissions.log_prob, data)
+        density = float(sums.log_likelihood + _log_prior(run))
+        yield float(sums.log_likelihood), density
+        if density - before < tolerance * (abs(density) + 1):
+            return
+        before = density
+        _maximise(run, sums)
+
+
+def variational_bayes(
+    run: Estimate, data: list[Series], iterations: int, tolerance: float
+) -> Iterator[tuple[float, float]]:
+    """Variational Bayes from the point estimate; yields the bound, twice, before each iteration.
+
+    The run ends with the parameters that stand for the posterior.
+    """
+    sums = _expect_all(run.initial, run.transition, run.emissions, run.emissions.log_prob, data)
+    before = -torch.inf
+    for _ in range(iterations):
+        rows = (sums.initial + run.initial_concentration, sums.transition + run.transition_concentration)
+        posterior, emission = run.emissions.posterior(sums.emission), sums.emission
+
+        def score(x: Tensor, posterior: Any = posterior) -> Tensor:
+            return run.emissions.expected_log_prob(posterior, x)
+
+        sums = _expect_all(expected_log(rows[0]), expected_log(rows[1]), run.emissions, score, data)
+        divergence = dirichlet_divergence(rows[0], torch.full_like(rows[0], run.initial_concentration))
+        divergence = divergence + dirichlet_divergence(rows[1], torch.full_like(rows[1], run.transition_concentration))
+        bound = float(sums.log_likelihood - divergence - run.emissions.divergence(posterior, emission))
+        run.initial, run.transition = (row.log().log_softmax(-1) for row in rows)
+        run.emissions.set_mean(posterior)
+        yield bound, bound
+        if bound - before < tolerance * (abs(bound) + 1):
+            return
+        before = bound
+
+
+def stochastic_em(
+    run: Estimate, data: list[Series], epochs: int, step: float, seed: int
+) -> Iterator[tuple[float, float]]:
+    """Stochastic EM; yields the running log likelihood and posterior density of each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(len(batch.lengths) for batch in data)
+    sums: Sums | None = None
+    turn = 0
+    for _ in range(epochs):
+        log_likelihood = 0.0
+        for index in torch.randperm(len(data), generator=generator).tolist():
+            batch = data[index]
+            found = expect(run.initial, run.transition, run.emissions, run.emissions.log_prob, batch)[0]
+            log_likelihood += float(found.log_likelihood)
+            scale = total / len(batch.lengths)
+            rate = 1.0 if sums is None else (turn + 2) ** -step
+            sums = (found if sums is None else sums).mixed(found, rate, scale)
+            turn += 1
+            _maximise(run, sums)
+        yield log_likelihood, log_likelihood + float(_log_prior(run))
+
+
+def matched(one: Tensor, other: Tensor) -> Tensor:
+    """The order in which ``other``'s states come closest to those of ``one``.
+
+    Args:
+        one, other: probabilities of states at the same steps, ``[N, K]`` each.
+    Returns:
+        ``order [K]``: state i of ``one`` is state ``order[i]`` of ``other``, by the assignment of the greatest expected
+        number of steps at which both are in matched states (Kuhn 1955).
+    """
+    if one.shape != other.shape:
+        raise ValueError(f"other: expected shape {list(one.shape)}, got {list(other.shape)}")
+    return torch.from_numpy(linear_sum_assignment(-(one.T @ other).numpy())[1])
