@@ -150,7 +150,8 @@ def checked_unary(unary: Tensor | None, n: int, p: int, like: Tensor) -> Tensor:
         ValueError: for another shape.
     """
     if unary is None:
-        return like.new_full((n, p), -math.inf)
+        dtype = like.dtype if like.is_floating_point() else None  # the check of dtypes comes later
+        return torch.full((n, p), -math.inf, dtype=dtype, device=like.device)
     if unary.dim() < 2 or unary.shape[-2:] != (n, p):
         raise ValueError(f"unary: expected shape [..., {n}, {p}], got {list(unary.shape)}")
     return unary

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from probllm.math.chain_torch import safe_logsumexp
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import Semiring
 
@@ -87,3 +88,44 @@ def _inside(
 
 RECURSION = Recursion(inside)
 LOW_RANK = Recursion(low_rank_inside)
+
+
+def word_scores(terminals: Tensor, words: Tensor, real: Tensor, nonterminals: int) -> Tensor:
+    """Scores of symbols over spans ``[*batch, T, T, N + P]`` that hold the words' log weights; 0 off the diagonal.
+
+    Args:
+        terminals: ``[..., P, V]``.
+        words: ``[*batch, T]`` long, from 0 to V - 1 where ``real`` ``[*batch, T]``; a preterminal has -inf elsewhere.
+    """
+    words = torch.where(real, words, 0)
+    if terminals.dim() == 2:
+        found = torch.nn.functional.embedding(words, terminals.t())  # [.., T, P]
+    else:
+        table = terminals.expand(*words.shape[:-1], *terminals.shape[-2:])
+        index = words.unsqueeze(-2).expand(*words.shape[:-1], table.shape[-2], words.shape[-1])
+        found = table.gather(-1, index).transpose(-1, -2)
+    found = torch.where(real.unsqueeze(-1), found, torch.full_like(found, -torch.inf))
+    spans = torch.diag_embed(found.transpose(-1, -2)).movedim(-3, -1)  # [.., T, T, P]
+    return torch.cat([spans.new_zeros(*spans.shape[:-1], nonterminals), spans], -1)
+
+
+def low_rank_rules(head: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Log weights of the rules ``[..., N, M, M]``, log of sum_r exp(head[A, r] + left[r, X] + right[r, Y])."""
+    tables = [x.double() for x in (head, left, right)]
+    highs = [_finite(x.detach().amax((-1, -2), keepdim=True)) for x in tables]
+    tables = [x - high for x, high in zip(tables, highs, strict=True)]
+    a, b, c = tables
+    # products of probabilities are exact where nothing but zeros underflows
+    if all(bool((x.detach().masked_fill(x == -torch.inf, 0) > -200).all()) for x in tables):
+        pairs = (b.exp().unsqueeze(-1) * c.exp().unsqueeze(-2)).flatten(-2)
+        mass = (a.exp() @ pairs).unflatten(-1, (b.shape[-1], c.shape[-1]))
+        empty = mass == 0
+        rules = torch.where(empty, -torch.inf, torch.where(empty, 1.0, mass).log())
+    else:
+        pairs = b.unsqueeze(-1) + c.unsqueeze(-2)
+        rules = torch.stack([safe_logsumexp(row[..., None, None] + pairs, -3) for row in a.unbind(-2)], -3)
+    return (rules + sum(highs).unsqueeze(-1)).to(head.dtype)  # type: ignore[union-attr]
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x == -torch.inf, 0.0, x)
