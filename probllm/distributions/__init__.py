@@ -2,8 +2,10 @@
 
 from probllm.distributions.grammar_tree import GrammarTree
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
+from probllm.distributions.hidden_semi_markov_model import HiddenSemiMarkovModel
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.monotonic_alignment import MonotonicAlignment
+from probllm.distributions.probabilistic_cfg import ProbabilisticCFG
 from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.distributions.semi_markov_crf import SemiMarkovCRF
 from probllm.distributions.span_tree import SpanTree
@@ -12,8 +14,10 @@ from probllm.distributions.structure import StructuredDistribution
 __all__ = [
     "GrammarTree",
     "HiddenMarkovModel",
+    "HiddenSemiMarkovModel",
     "LinearChainCRF",
     "MonotonicAlignment",
+    "ProbabilisticCFG",
     "SecondOrderCRF",
     "SemiMarkovCRF",
     "SpanTree",

@@ -34,20 +34,23 @@ _OVER_STRUCTURES: dict[str, Capability] = {
     name: "sampled" if name == "sample" else "exact" for name in list(MEMBERS)[: list(MEMBERS).index("sample_joint")]
 }
 
+_SUMMED_STATES: dict[str, Capability] = {
+    "log_prob": "exact",
+    "mode": "intractable: every observation sequence sums over all state sequences",
+    "sample": "sampled",
+    "entropy": "intractable: every observation sequence sums over all state sequences",
+    "sample_joint": "sampled",
+    "posterior": "exact",
+}
+
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "LinearChainCRF": _OVER_STRUCTURES,
     "SecondOrderCRF": _OVER_STRUCTURES,
     "SemiMarkovCRF": _OVER_STRUCTURES,
     "SpanTree": _OVER_STRUCTURES,
     "GrammarTree": _OVER_STRUCTURES,
-    "HiddenMarkovModel": {
-        "log_prob": "exact",
-        "mode": "intractable: every observation sequence sums over all state sequences",
-        "sample": "sampled",
-        "entropy": "intractable: every observation sequence sums over all state sequences",
-        "sample_joint": "sampled",
-        "posterior": "exact",
-    },
+    "HiddenMarkovModel": _SUMMED_STATES,
+    "HiddenSemiMarkovModel": _SUMMED_STATES,
 }
 
 

@@ -17,8 +17,14 @@ LAWS = {
     "SemiMarkovCRF": distributions.SemiMarkovCRF(torch.randn(2, 3, 2, 4), A),
     "SpanTree": distributions.SpanTree(torch.randn(2, 3, 3, 4)),
     "GrammarTree": distributions.GrammarTree(torch.randn(2, 3, 3, 4), torch.randn(3, 4, 4), torch.randn(3)),
+    "ProbabilisticCFG": distributions.ProbabilisticCFG(
+        torch.randn(3), torch.randn(3, 4, 4), torch.randn(1, 5), max_length=3
+    ),
     "HiddenMarkovModel": distributions.HiddenMarkovModel(
         torch.zeros(2, 4), A, dist.Normal(torch.arange(4.0), 1.0), duration=3
+    ),
+    "HiddenSemiMarkovModel": distributions.HiddenSemiMarkovModel(
+        torch.zeros(2, 4), A, torch.zeros(4, 2), dist.Normal(torch.arange(4.0), 1.0), duration=3
     ),
 }
 
