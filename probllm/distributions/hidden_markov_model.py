@@ -198,7 +198,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
     def sample_joint(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """Exact samples: states ``[*sample, *batch, T]``, observations ``[*sample, *batch, T, *observation]``."""
         with torch.no_grad():
-            states = self._prior().sample(sample_shape)
+            structure = self._draw_states(sample_shape)
+            states = self._state_of_each_step(structure)
             full = (*states.shape, self.num_states)
             drawn = self.observation_dist.expand(full).sample()
             inner = len(self.observation_dist.event_shape)
@@ -209,7 +210,13 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
             if self.lengths is not None:
                 real = mask_from_lengths(self.lengths, states.shape[-1]).expand(states.shape)
                 observations = torch.where(real.reshape(*states.shape, *ones), observations, 0)
-            return states, observations
+            return structure, observations
+
+    def _draw_states(self, sample_shape: Any) -> Tensor:
+        return self._prior().sample(sample_shape)
+
+    def _state_of_each_step(self, structure: Tensor) -> Tensor:
+        return structure
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Observations ``[*sample_shape, *batch, T, *observation]``; 0 on padding."""

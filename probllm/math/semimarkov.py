@@ -65,20 +65,23 @@ def inside_additive(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tens
         lengths: ``[*lead]`` long.
     """
     emissions, durations, last, transitions, start = parts
-    steps, longest = emissions.shape[-2], durations.shape[-2]
-    sums, total = [emissions], emissions
-    for d in range(
-        1, longest
-    ):  # total[t]: the emissions of t .. t + d; what goes beyond the last step is not looked at
-        total = semiring.times(total, emissions.roll(-d, -2))
-        sums.append(total)
-    ends = torch.arange(steps, device=lengths.device).unsqueeze(-1) + torch.arange(
-        1, longest + 1, device=lengths.device
-    )
-    is_last = (ends == lengths[..., None, None]).unsqueeze(-1)
-    table = torch.where(is_last, last.unsqueeze(-3), durations.unsqueeze(-3))
-    segments = semiring.times(torch.stack(sums, -2), table)
+    segments = segment_scores(semiring, emissions, durations, last, lengths)
     return inside(semiring, (segments, transitions, start, semiring.ones(start.shape[1:], start[0])), lengths)
+
+
+def segment_scores(semiring: Semiring, emissions: Tensor, durations: Tensor, last: Tensor, lengths: Tensor) -> Tensor:
+    """The segments ``[width, *lead, T, D, K]`` of additive parts (see ``inside_additive``), for ``inside`` to take.
+
+    What does not fit into T steps is not looked at, and may be anything.
+    """
+    steps, longest = emissions.shape[-2], durations.shape[-2]
+    sums = [emissions]
+    for d in range(1, longest):  # the emissions of t .. t + d, with no difference of running sums: -inf stays -inf
+        sums.append(semiring.times(sums[-1], emissions.roll(-d, -2)))
+    first = torch.arange(steps, device=lengths.device)
+    stops = first.unsqueeze(-1) + torch.arange(1, longest + 1, device=lengths.device)
+    is_last = (stops == lengths[..., None, None]).unsqueeze(-1)
+    return semiring.times(torch.stack(sums, -2), torch.where(is_last, last.unsqueeze(-3), durations.unsqueeze(-3)))
 
 
 def step_labels(segmentation: Tensor, lengths: Tensor | None = None) -> Tensor:
