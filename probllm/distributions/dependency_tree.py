@@ -45,14 +45,16 @@ class DependencyTreeLaw(InsideDistribution):
         if root.device != arcs.device:
             raise ValueError(f"root: expected device {arcs.device} as arcs, got {root.device}")
         try:
-            torch.broadcast_shapes(arcs.shape[:-2], root.shape[:-1])
+            batch = torch.broadcast_shapes(arcs.shape[:-2], root.shape[:-1])
         except RuntimeError:
             raise ValueError(
                 f"batch shapes do not broadcast: arcs {list(arcs.shape[:-2])}, root {list(root.shape[:-1])}"
             ) from None
         self.single_root = bool(single_root)
-        table = torch.where(torch.eye(words, dtype=torch.bool, device=arcs.device), root.unsqueeze(-2), arcs)
-        self._set_up({"arcs": table.to(arcs.dtype)}, lengths, words, (words,))
+        arcs, root = arcs.expand(*batch, words, words), root.to(arcs.dtype).expand(*batch, words)
+        # scattered: the graph keeps no tensor, so that two results of one law can be differentiated one after the other
+        table = torch.diagonal_scatter(arcs, root, 0, -2, -1)
+        self._set_up({"arcs": table}, lengths, words, (words,))
 
     def _with(self, **parts: Tensor) -> Self:
         arcs = {**self.parts, **parts}["arcs"]
