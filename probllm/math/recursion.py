@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from probllm.math.semirings import LOG, Semiring
 from probllm.math.untraced import untraced
@@ -49,8 +50,17 @@ def log_partition(recursion: Recursion, scores: tuple[Tensor, ...], lengths: Ten
     """
     if recursion.forward is None or scores[0].device.type != "cpu":
         return recursion.twin(scores, lengths)
+    if not _is_followed(lengths, *scores):
+        return recursion.forward(tuple(x.detach() for x in scores), lengths, False)[0]
     result: Tensor = _LogPartition.apply(recursion, lengths, [], *scores)  # type: ignore[no-untyped-call]
     return result
+
+
+def _is_followed(*inputs: Tensor) -> bool:
+    """Whether anyone asks for more than the value: autograd, a torch.func transform or forward mode."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return True
+    return forward_ad._current_level >= 0 or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs)
 
 
 @untraced
