@@ -6,9 +6,11 @@ from probllm.distributions.hidden_semi_markov_model import HiddenSemiMarkovModel
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.monotonic_alignment import MonotonicAlignment
 from probllm.distributions.probabilistic_cfg import ProbabilisticCFG
+from probllm.distributions.projective_dependency_tree import ProjectiveDependencyTree
 from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.distributions.semi_markov_crf import SemiMarkovCRF
 from probllm.distributions.span_tree import SpanTree
+from probllm.distributions.spanning_tree import SpanningTree
 from probllm.distributions.structure import StructuredDistribution
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "LinearChainCRF",
     "MonotonicAlignment",
     "ProbabilisticCFG",
+    "ProjectiveDependencyTree",
     "SecondOrderCRF",
     "SemiMarkovCRF",
     "SpanTree",
+    "SpanningTree",
     "StructuredDistribution",
 ]

@@ -49,6 +49,8 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "SemiMarkovCRF": _OVER_STRUCTURES,
     "SpanTree": _OVER_STRUCTURES,
     "GrammarTree": _OVER_STRUCTURES,
+    "ProjectiveDependencyTree": _OVER_STRUCTURES,
+    "SpanningTree": _OVER_STRUCTURES,
     "HiddenMarkovModel": _SUMMED_STATES,
     "HiddenSemiMarkovModel": _SUMMED_STATES,
 }

@@ -17,6 +17,8 @@ LAWS = {
     "SemiMarkovCRF": distributions.SemiMarkovCRF(torch.randn(2, 3, 2, 4), A),
     "SpanTree": distributions.SpanTree(torch.randn(2, 3, 3, 4)),
     "GrammarTree": distributions.GrammarTree(torch.randn(2, 3, 3, 4), torch.randn(3, 4, 4), torch.randn(3)),
+    "ProjectiveDependencyTree": distributions.ProjectiveDependencyTree(torch.randn(2, 3, 3), torch.randn(3)),
+    "SpanningTree": distributions.SpanningTree(torch.randn(2, 3, 3), torch.randn(3)),
     "ProbabilisticCFG": distributions.ProbabilisticCFG(
         torch.randn(3), torch.randn(3, 4, 4), torch.randn(1, 5), max_length=3
     ),
