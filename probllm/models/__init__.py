@@ -7,11 +7,13 @@ from probllm.models.head_selection_parser import HeadSelectionParser
 from probllm.models.hmm import HMM
 from probllm.models.hmm_emissions import CategoricalEmissions, Emissions, PoissonEmissions
 from probllm.models.hmm_tagger import HMMTagger
+from probllm.models.hsmm import HSMM
 from probllm.models.model import Model
 from probllm.models.softmax_tagger import SoftmaxTagger
 
 __all__ = [
     "HMM",
+    "HSMM",
     "CRFTagger",
     "CategoricalEmissions",
     "DependencyParser",

@@ -138,8 +138,7 @@ class HMM(Model):
         run = self._run()
         batches = batches_of(self._sequences(data), STEPS)
         log_likelihood = sum(
-            float(hmm_learning.expect(run.initial, run.transition, run.emissions, run.emissions.log_prob, x)[0][0])
-            for x in batches
+            float(hmm_learning.expect(run, run.rows, run.emissions.log_prob, x)[0].log_likelihood) for x in batches
         )
         steps = sum(int(x.seen.sum()) for x in batches)
         free = self.num_free()
@@ -218,8 +217,8 @@ class HMM(Model):
             order = matched(states, theirs)
             same = (states.argmax(-1) == theirs[:, order].argmax(-1)).double().mean()
             self.restarts.append({"log_density": other_density, "agreement": float(same)})
-        self.initial.copy_(run.initial)
-        self.transition.copy_(run.transition)
+        for parameter, row in zip(self._rows(), run.rows, strict=True):
+            parameter.copy_(torch.where(row == -torch.inf, 0.0, row))  # what is forbidden for good has no parameter
         self.emissions.load_state_dict(run.emissions.state_dict())
         return [{"loss": -a / len(data), "penalised_loss": -b / len(data)} for a, b in history]
 
@@ -232,15 +231,20 @@ class HMM(Model):
         self.transition.copy_(self.transition[order][:, order].clone())
         self.emissions.permute(order)
 
+    def _rows(self) -> tuple[Tensor, ...]:
+        """The parameters of the chain that have Dirichlet priors."""
+        return self.initial, self.transition
+
+    def _concentrations(self) -> tuple[Tensor, ...]:
+        each = (self.initial_concentration, self.transition_concentration)
+        return tuple(torch.full(x.shape, c, dtype=torch.float64) for x, c in zip(self._rows(), each, strict=True))
+
     def _run(self) -> Estimate:
         """A float64 copy that learning changes."""
-        return Estimate(
-            self.initial.detach().double().cpu().log_softmax(-1),
-            self.transition.detach().double().cpu().log_softmax(-1),
-            copy.deepcopy(self.emissions).double().cpu(),
-            self.initial_concentration,
-            self.transition_concentration,
-        )
+        rows = tuple(x.detach().double().cpu().log_softmax(-1) for x in self._rows())
+        return Estimate(rows, self._concentrations(), copy.deepcopy(self.emissions).double().cpu(), self._expect)
+
+    _expect = staticmethod(hmm_learning.chain_steps)
 
     @staticmethod
     def _start(run: Estimate, seed: int) -> None:
@@ -248,15 +252,15 @@ class HMM(Model):
         generator = torch.Generator().manual_seed(seed)
         k = run.num_states
         noise = torch.rand(k, k, generator=generator, dtype=torch.float64)
-        run.initial = torch.zeros(k, dtype=torch.float64).log_softmax(-1)
-        run.transition = (1 / k + noise / k + torch.eye(k, dtype=torch.float64)).log().log_softmax(-1)
+        initial = torch.zeros(k, dtype=torch.float64).log_softmax(-1)
+        run.rows = (initial, (1 / k + noise / k + torch.eye(k, dtype=torch.float64)).log().log_softmax(-1))
 
     @staticmethod
     def _states(run: Estimate, batches: list[Series]) -> Tensor:
         """Probability of each state at each real step of the data, ``[N, K]``."""
         found = []
         for batch in batches:
-            gamma = hmm_learning.expect(run.initial, run.transition, run.emissions, run.emissions.log_prob, batch)[1]
+            gamma = hmm_learning.expect(run, run.rows, run.emissions.log_prob, batch)[1]
             found.append(gamma[torch.arange(gamma.shape[1]) < batch.lengths.unsqueeze(-1)])
         return torch.cat(found)
 

@@ -32,47 +32,40 @@ class Series(NamedTuple):
     seen: Tensor
 
 
+Rows = tuple[Tensor, ...]  # log probabilities of the chain, or counts: initial [K], transition [K, K], durations, ...
+# rows and scores [B, T, K] and lengths -> log Z [B], gamma [B, T, K] and the rows' expected counts
+Expect = Callable[[Rows, Tensor, Tensor], tuple[Tensor, Tensor, Rows]]
+
+
 @dataclass
 class Estimate:
-    """The state of a run: log rows of the chain, float64, and the emissions, whose parameters it changes."""
+    """The state of a run: the chain's rows, float64, and the emissions, whose parameters it changes."""
 
-    initial: Tensor  # [K]
-    transition: Tensor  # [K, K]
+    rows: Rows
+    concentrations: Rows  # of the Dirichlet priors, 0 where something is forbidden for good
     emissions: Emissions
-    initial_concentration: float
-    transition_concentration: float
+    expect: Expect
 
     @property
     def num_states(self) -> int:
-        return len(self.initial)
+        return len(self.rows[0])
 
 
 class Sums(NamedTuple):
     """Expected statistics of some sequences, and their log likelihood."""
 
     log_likelihood: Tensor
-    initial: Tensor
-    transition: Tensor
+    rows: Rows
     emission: Statistics
 
-    def plus(self, other: Sums) -> Sums:
-        """The sums of both."""
-        emission = tuple(a + b for a, b in zip(self.emission, other.emission, strict=True))
-        chain = (self.initial + other.initial, self.transition + other.transition)
-        return Sums(self.log_likelihood + other.log_likelihood, *chain, emission)
+    def mixed(self, other: Sums, mine: float, theirs: float) -> Sums:
+        """``mine`` times these and ``theirs`` times the others."""
 
-    def mixed(self, other: Sums, rate: float, scale: float) -> Sums:
-        """(1 - rate) of these and ``rate scale`` of the others."""
+        def mix(one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(mine * a + theirs * b for a, b in zip(one, two, strict=True))
 
-        def mix(a: Tensor, b: Tensor) -> Tensor:
-            return (1 - rate) * a + rate * scale * b
-
-        return Sums(
-            mix(self.log_likelihood, other.log_likelihood),
-            mix(self.initial, other.initial),
-            mix(self.transition, other.transition),
-            tuple(mix(a, b) for a, b in zip(self.emission, other.emission, strict=True)),
-        )
+        (log_likelihood,) = mix((self.log_likelihood,), (other.log_likelihood,))
+        return Sums(log_likelihood, mix(self.rows, other.rows), mix(self.emission, other.emission))
 
 
 def batches_of(sequences: Sequence[tuple[Tensor, Tensor]], max_steps: int) -> list[Series]:
@@ -93,9 +86,13 @@ def batches_of(sequences: Sequence[tuple[Tensor, Tensor]], max_steps: int) -> li
     ]
 
 
-def expect(
-    initial: Tensor, transition: Tensor, emissions: Emissions, score: Callable[[Tensor], Tensor], batch: Series
-) -> tuple[Sums, Tensor]:
+def chain_steps(rows: Rows, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Rows]:
+    """The E step of a first-order chain (``Expect``)."""
+    log_z, gamma, moves = expected_steps(as_chain(scores, rows[1], rows[0], None, lengths))
+    return log_z, gamma, (gamma[:, 0].sum(0), moves)
+
+
+def expect(run: Estimate, rows: Rows, score: Callable[[Tensor], Tensor], batch: Series) -> tuple[Sums, Tensor]:
     """The E step of one batch under ``score(observations [N, ...]) -> [N, K]``, and gamma ``[B, T, K]``.
 
     Raises:
@@ -103,34 +100,36 @@ def expect(
     """
     seen = batch.seen
     observed = batch.observations[seen]
-    scores = torch.zeros(*seen.shape, len(initial), dtype=torch.float64)
+    scores = torch.zeros(*seen.shape, run.num_states, dtype=torch.float64)
     scores[seen] = score(observed)
-    log_z, gamma, moves = expected_steps(as_chain(scores, transition, initial, None, batch.lengths))
+    log_z, gamma, counts = run.expect(rows, scores, batch.lengths)
     if bool((log_z == -torch.inf).any()):
         raise ValueError("data holds a sequence that the model gives probability 0")
-    return Sums(log_z.sum(), gamma[:, 0].sum(0), moves, emissions.statistics(observed, gamma[seen])), gamma
+    return Sums(log_z.sum(), counts, run.emissions.statistics(observed, gamma[seen])), gamma
 
 
-def _expect_all(
-    initial: Tensor, transition: Tensor, emissions: Emissions, score: Callable[[Tensor], Tensor], data: list[Series]
-) -> Sums:
+def _expect_all(run: Estimate, rows: Rows, score: Callable[[Tensor], Tensor], data: list[Series]) -> Sums:
     total: Sums | None = None
     for batch in data:
-        found = expect(initial, transition, emissions, score, batch)[0]
-        total = found if total is None else total.plus(found)
+        found = expect(run, rows, score, batch)[0]
+        total = found if total is None else total.mixed(found, 1.0, 1.0)
     assert total is not None
     return total
 
 
-def _log_prior(run: Estimate) -> Tensor:
+def log_prior(run: Estimate) -> Tensor:
     """In the softmax basis, where the mode of a Dirichlet is (counts + concentration) / sum."""
-    rows = run.initial_concentration * run.initial.sum() + run.transition_concentration * run.transition.sum()
-    return rows + run.emissions.log_prior()
+    rows = (torch.where(c > 0, c * row, 0.0).sum() for row, c in zip(run.rows, run.concentrations, strict=True))
+    return sum(rows, run.emissions.log_prior())
+
+
+def _normalised(counts: Tensor, concentration: Tensor) -> Tensor:
+    """log of (counts + concentration) / sum; -inf where forbidden."""
+    return torch.where(concentration > 0, (counts + concentration).log(), -torch.inf).log_softmax(-1)
 
 
 def _maximise(run: Estimate, sums: Sums) -> None:
-    run.initial = (sums.initial + run.initial_concentration).log().log_softmax(-1)
-    run.transition = (sums.transition + run.transition_concentration).log().log_softmax(-1)
+    run.rows = tuple(_normalised(n, c) for n, c in zip(sums.rows, run.concentrations, strict=True))
     run.emissions.maximise(sums.emission)
 
 
@@ -140,8 +139,8 @@ def maximise_expectation(
     """EM; yields log likelihood and log posterior density before each iteration, and stops when they gain little."""
     before = -torch.inf
     for _ in range(iterations):
-        sums = _expect_all(run.initial, run.transition, run.emissions, run.emissions.log_prob, data)
-        density = float(sums.log_likelihood + _log_prior(run))
+        sums = _expect_all(run, run.rows, run.emissions.log_prob, data)
+        density = float(sums.log_likelihood + log_prior(run))
         yield float(sums.log_likelihood), density
         if density - before < tolerance * (abs(density) + 1):
             return
@@ -156,25 +155,36 @@ def variational_bayes(
 
     The run ends with the parameters that stand for the posterior.
     """
-    sums = _expect_all(run.initial, run.transition, run.emissions, run.emissions.log_prob, data)
+    sums = _expect_all(run, run.rows, run.emissions.log_prob, data)
     before = -torch.inf
     for _ in range(iterations):
-        rows = (sums.initial + run.initial_concentration, sums.transition + run.transition_concentration)
-        posterior, emission = run.emissions.posterior(sums.emission), sums.emission
+        counts, emission = sums.rows, sums.emission
+        posterior = run.emissions.posterior(emission)
 
         def score(x: Tensor, posterior: Any = posterior) -> Tensor:
             return run.emissions.expected_log_prob(posterior, x)
 
-        sums = _expect_all(expected_log(rows[0]), expected_log(rows[1]), run.emissions, score, data)
-        divergence = dirichlet_divergence(rows[0], torch.full_like(rows[0], run.initial_concentration))
-        divergence = divergence + dirichlet_divergence(rows[1], torch.full_like(rows[1], run.transition_concentration))
-        bound = float(sums.log_likelihood - divergence - run.emissions.divergence(posterior, emission))
-        run.initial, run.transition = (row.log().log_softmax(-1) for row in rows)
+        pairs = list(zip(counts, run.concentrations, strict=True))
+        expected = tuple(_in_allowed(expected_log, n + c, c, -torch.inf) for n, c in pairs)
+        sums = _expect_all(run, expected, score, data)
+        divergence = sum(float(dirichlet_divergence(_allowed(n + c, c), _allowed(c, c))) for n, c in pairs)
+        bound = float(sums.log_likelihood - run.emissions.divergence(posterior, emission)) - divergence
+        run.rows = tuple(_normalised(n, c) for n, c in pairs)
         run.emissions.set_mean(posterior)
         yield bound, bound
         if bound - before < tolerance * (abs(bound) + 1):
             return
         before = bound
+
+
+def _allowed(x: Tensor, concentration: Tensor) -> Tensor:
+    """What is not forbidden, as many a row."""
+    return x[concentration > 0].reshape(*x.shape[:-1], -1)
+
+
+def _in_allowed(function: Callable[[Tensor], Tensor], x: Tensor, concentration: Tensor, rest: float) -> Tensor:
+    """The function of the rows without what is forbidden, in their places; ``rest`` elsewhere."""
+    return torch.full_like(x, rest).masked_scatter(concentration > 0, function(_allowed(x, concentration)))
 
 
 def stochastic_em(
@@ -189,14 +199,14 @@ def stochastic_em(
         log_likelihood = 0.0
         for index in torch.randperm(len(data), generator=generator).tolist():
             batch = data[index]
-            found = expect(run.initial, run.transition, run.emissions, run.emissions.log_prob, batch)[0]
+            found = expect(run, run.rows, run.emissions.log_prob, batch)[0]
             log_likelihood += float(found.log_likelihood)
             scale = total / len(batch.lengths)
             rate = 1.0 if sums is None else (turn + 2) ** -step
-            sums = (found if sums is None else sums).mixed(found, rate, scale)
+            sums = (found if sums is None else sums).mixed(found, 1 - rate, rate * scale)
             turn += 1
             _maximise(run, sums)
-        yield log_likelihood, log_likelihood + float(_log_prior(run))
+        yield log_likelihood, log_likelihood + float(log_prior(run))
 
 
 def matched(one: Tensor, other: Tensor) -> Tensor:
