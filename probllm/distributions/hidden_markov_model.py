@@ -20,6 +20,7 @@ from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.structure import expanded
 from probllm.math.chain import as_chain, chain_log_partition, check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
+from probllm.math.streaming import Filter
 
 
 class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
@@ -188,6 +189,49 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
     def log_prob_joint(self, states: Tensor, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(z, x) ``[...]``, in nats."""
         return self.posterior(value, observed).score(states)
+
+    def start(self, lag: int = 0) -> Filter:
+        """What is known of the states before the first observation; pass it along with ``step``.
+
+        Args:
+            lag: how many steps ``Filter.smoothed`` can look back.
+        """
+        table = self.transition
+        if table.dim() > 2:  # a step brings its own
+            table = table[..., 0, :, :] if table.shape[-3] else table.new_zeros(self.num_states, self.num_states)
+        return Filter.start(self.initial.expand(*self.batch_shape, self.num_states), table, lag)
+
+    def step(self, state: Filter, value: Tensor, observed: Tensor | None = None) -> tuple[Filter, Tensor]:
+        """Takes the next observation in: ``state.filtered`` is p(z_t | x_1..t), whatever the duration.
+
+        Args:
+            value: ``[..., *observation]``.
+            observed: ``[...]`` bool; False where the observation is missing (its value is ignored).
+        Returns:
+            The next state, and log p(x_t | x_1..t-1) ``[...]`` in nats.
+        Raises:
+            ValueError: beyond the last step, where transitions or observation laws are given step by step.
+        """
+        over, t = self.observation_dist.batch_shape, state.steps
+        own = self.transition.dim() > 2 and self.transition.shape[-3] > 1
+        by_step = len(over) > 1 and over[-2] > 1
+        if self.duration is not None and (own or by_step) and t >= self.duration:
+            raise ValueError(f"state: expected fewer than {self.duration} steps, got {t}")
+        at = value.dim() - len(self.observation_dist.event_shape)
+        value = value.unsqueeze(at)
+        if observed is not None:
+            legal = self._legal(value, observed.unsqueeze(-1))
+            shape = (*observed.shape, *(1,) * (value.dim() - at))
+            value = torch.where(observed.reshape(shape), value, legal)
+        if by_step:
+            # one law for all steps scores the observation at each of them, of which one counts
+            found = self.observation_dist.log_prob(value.unsqueeze(at))[..., t, :]
+        else:
+            found = self.observation_dist.log_prob(value.unsqueeze(at)).squeeze(-2)
+        if observed is not None:
+            found = torch.where(observed.unsqueeze(-1), found, torch.zeros_like(found))
+        table = self.transition[..., t - 1, :, :] if own and t else None
+        return state.step(found.expand(*found.shape[:-1], self.num_states), table)
 
     def _prior(self) -> LinearChainCRF:
         if self.duration is None:

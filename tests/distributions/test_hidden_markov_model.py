@@ -108,6 +108,26 @@ def test_missing_values_and_padding_may_be_anything_with_finite_gradients(case: 
         torch.testing.assert_close(law.log_prob(spoiled, observed), law.log_prob(value, observed))
 
 
+@given(cases())
+def test_filtering_step_by_step_is_the_posterior_of_each_prefix(case: Case) -> None:
+    law, value, observed, lengths = case
+    state, batch = law.start(lag=1), lengths.shape
+    at = len(batch)
+    for t in range(1, observed.shape[-1] + 1):
+        state, _ = law.step(state, value.select(at, t - 1), observed[..., t - 1])
+        prefix = HiddenMarkovModel(
+            law.initial, law.transition, law.observation_dist, torch.full(batch, t), observed.shape[-1]
+        )
+        torch.testing.assert_close(state.log_likelihood.expand(batch), prefix.log_prob(value, observed))
+        marginals = prefix.posterior(value, observed).marginals
+        torch.testing.assert_close(state.filtered.expand(*batch, -1), marginals[..., t - 1, :])
+        if t > 1:
+            torch.testing.assert_close(state.smoothed().expand(*batch, -1), marginals[..., t - 2, :])
+    if law.transition.dim() > 2 and law.transition.shape[-3] > 1:
+        with pytest.raises(ValueError, match="state: expected fewer than"):
+            law.step(state, value.select(at, 0))
+
+
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 1])])
 def test_sample_joint_has_the_frequencies_of_the_law(lengths: Tensor | None) -> None:
     """Chi-square at a false-alarm rate of one in a million."""
