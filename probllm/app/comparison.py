@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COMPARISONS = {
     "tagging": "Does a law over whole tag sequences tag better than a decision at each word?",
+    "parsing": "Does a law over whole trees parse better than a head chosen for each word?",
 }
 
 Value = Estimate | float | None
