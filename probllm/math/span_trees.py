@@ -10,11 +10,17 @@ Baker (1979).
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math.kernels import span_trees as kernels
+from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import Semiring
+from probllm.math.untraced import untraced
 
 
 def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
@@ -77,4 +83,69 @@ def within_lengths(lengths: Tensor, size: int) -> Tensor:
     return (leaves.unsqueeze(-1) <= leaves) & (leaves < lengths[..., None, None])
 
 
-RECURSION = Recursion(inside)
+class _Kept(NamedTuple):
+    """What the backward pass needs: P(label | span) ``[B, T, T, K]``, 0 off the row, and P(span) ``[B, T, T]``."""
+
+    labels: Tensor
+    marginals: Tensor
+
+
+def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
+    """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels."""
+    labels, sums, n = _label_sums(scores[0], lengths, keep)
+    rows, size, _ = sums.shape
+    marginals, log_z = np.zeros((rows, size, size) if keep else (0, 0, 0)), np.empty(rows)
+    arguments = (sums, n, int(keep), np.empty((0, 0, 0)), marginals, log_z)
+    run_shares(kernels.inside_outside, arguments, rows, 0.6 * rows * size**3)
+    kept = _Kept(torch.from_numpy(labels), torch.from_numpy(marginals)) if keep else None
+    return torch.from_numpy(log_z), kept
+
+
+def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
+    """weights * the marginals of spans."""
+    spans = kept.marginals * weights[:, None, None]
+    return (kept.labels * spans.to(kept.labels.dtype).unsqueeze(-1),)
+
+
+@untraced
+def best(spans: Tensor, lengths: Tensor) -> Tensor:
+    """The best trees ``[B, T, T]`` of spans ``[B, T, T, K]``, as ``SpanTree`` has them, by the kernels."""
+    sums, labels = spans.detach().max(-1)
+    rows, size = sums.shape[:2]
+    trees = np.zeros((rows, size, size), np.int64)
+    arguments = (sums.double().contiguous().numpy(), labels.contiguous().numpy(), _ints(lengths), trees)
+    run_shares(kernels.best, arguments, rows, 0.2 * rows * size**3)
+    return torch.from_numpy(trees)
+
+
+@untraced
+def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Exact samples ``[count, B, T, T]``, by the kernels."""
+    labels, sums, n = _label_sums(spans, lengths, keep=True)
+    rows, size, _ = sums.shape
+    chart, log_z = np.full((rows, size, size), -np.inf), np.empty(rows)
+    arguments: tuple[Any, ...] = (sums, n, 2, chart, np.empty((0, 0, 0)), log_z)
+    run_shares(kernels.inside_outside, arguments, rows, 0.3 * rows * size**3)
+    trees = np.zeros((count, rows, size, size), np.int64)
+    uniforms = torch.rand(count, rows, 4 * size, dtype=torch.float64).numpy()
+    run_shares(kernels.draw, (chart, labels, n, log_z, uniforms, trees), count, 20.0 * count * rows * size**1.5)
+    return torch.from_numpy(trees)
+
+
+def _label_sums(spans: Tensor, lengths: Tensor, keep: bool) -> tuple[Any, Any, Any]:
+    """P(label | span), log sums over labels ``[B, T, T]`` float64, and lengths, as arrays."""
+    spans = spans.detach()
+    wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
+    scores = wide.contiguous().numpy()
+    rows, size, _, k = scores.shape
+    labels = np.zeros(scores.shape if keep else (0, 0, 0, 0), scores.dtype)
+    sums, n = np.empty((rows, size, size)), _ints(lengths)
+    run_shares(kernels.label_sums, (scores, n, labels, sums, keep), rows, 2.0 * rows * size**2 * k)
+    return labels, sums, n
+
+
+def _ints(lengths: Tensor) -> Any:
+    return lengths.long().contiguous().numpy()
+
+
+RECURSION = Recursion(inside, forward, backward)
