@@ -25,6 +25,7 @@ from probllm.math.gaussian_steps import (
     Smoothed,
     apply,
     at_step,
+    blank,
     seen_entries,
     update,
     wide,
@@ -99,18 +100,22 @@ def filtered(chain: Chain, seen: Tensor | None) -> Filtered:
         found = update(*before, chain.value, chain.emission, chain.offset, chain.error, seen)
         return Filtered(mean, covariance, *found[2:])
     results = []
-    mean, covariance = chain.mean, chain.covariance
+    leads = [x.shape[: x.dim() - dims] for x, dims in zip(chain, EVENT_DIMS, strict=True)]
+    matrices = [leads[i] for i in (2, 3, 5, 6, 8)] + ([] if seen is None else [seen.shape[:-2]])
+    mean = chain.mean.expand(*torch.broadcast_shapes(*leads, *matrices), -1)
+    covariance = chain.covariance.expand(*torch.broadcast_shapes(*matrices), -1, -1)
     for t in range(steps):
         if t:
             move = at_step(chain.transition, t - 1, 3)
             mean = apply(mean, move) + at_step(chain.drift, t - 1, 2)
             covariance = move.mT @ covariance @ move + at_step(chain.noise, t - 1, 3)
-        now = (at_step(x, t, dims) for x, dims in ((chain.emission, 3), (chain.offset, 2), (chain.error, 3)))
-        found = update(mean, covariance, chain.value[..., t, :], *now, None if seen is None else seen[..., t, :])
+        emission, offset, error = at_step(chain.emission, t, 3), at_step(chain.offset, t, 2), at_step(chain.error, t, 3)
+        used = None if seen is None else seen[..., t, :]
+        found = update(mean, covariance, chain.value[..., t, :], emission, offset, error, used)
         mean, covariance = found.mean, found.covariance
         results.append(found)
-    dims = Filtered(1, 2, 2, 2, 1, 0)  # type: ignore[arg-type]
-    return Filtered(*(torch.stack(xs, -1 - n) for xs, n in zip(zip(*results, strict=True), dims, strict=True)))
+    columns = zip(zip(*results, strict=True), (1, 2, 2, 2, 1, 0), strict=True)
+    return Filtered(*(torch.stack(xs, -1 - n) for xs, n in columns))
 
 
 def smoothed(chain: Chain, seen: Tensor | None, lengths: Tensor) -> Smoothed:
@@ -140,12 +145,3 @@ def smoothed(chain: Chain, seen: Tensor | None, lengths: Tensor) -> Smoothed:
     cross = found.covariance[..., :-1, :, :] @ transition @ keep[..., 1:, :, :] @ left[..., 1:, :, :].mT
     real = torch.arange(steps, device=lengths.device) < lengths.unsqueeze(-1)
     return Smoothed(*blank(real, mean, covariance, cross))
-
-
-def blank(real: Tensor, mean: Tensor, covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments with 0 where a step is not ``real``."""
-    return (
-        torch.where(real.unsqueeze(-1), mean, torch.zeros_like(mean)),
-        torch.where(real[..., None, None], covariance, torch.zeros_like(covariance)),
-        torch.where(real[..., 1:, None, None], cross, torch.zeros_like(cross)),
-    )

@@ -90,7 +90,8 @@ def filter_rows(scores: tuple[Tensor, ...], sizes: Tensor, by_length: bool = Fal
     inverse, half_log_det = np.empty((groups, steps, o, o)), np.empty((groups, steps))
     mean, covariance_1, transition, drift, noise, emission, offset, error = parameters
     arguments: tuple[Any, ...] = (
-        covariance_1, transition, noise, emission, error, seen, rows, group_steps, covariance, gain, inverse, half_log_det
+        covariance_1, transition, noise, emission, error, seen, rows, group_steps,
+        covariance, gain, inverse, half_log_det,
     )  # fmt: skip
     each = d**3 * 4 + 4 * d * d * o + 2 * d * o * o + o**3 + 500
     run_shares(kalman.covariances, arguments, groups, float(group_steps.sum()) * each * 0.7)
@@ -118,8 +119,8 @@ def backward(run: Pass, weights: Tensor) -> tuple[Tensor, ...]:
     d_value = np.zeros((rows, steps, o))
     transition, emission = run.parameters[2], run.parameters[5]
     arguments = (
-        transition, emission, run.order, run.lengths, run.rows, run.blocks, run.covariance, run.gain, run.inverse, run.filtered,
-        run.scaled, w, own, d_value, *gradients,
+        transition, emission, run.order, run.lengths, run.rows, run.blocks, run.covariance, run.gain,
+        run.inverse, run.filtered, run.scaled, w, own, d_value, *gradients,
     )  # fmt: skip
     cost = 2 * run.cost + len(run.blocks) * steps * (d**3 * 8 + 500)
     run_shares(kalman_adjoint.adjoint, arguments, len(run.blocks), cost)
@@ -137,7 +138,8 @@ def smooth(scores: tuple[Tensor, ...], sizes: Tensor, covariances: bool) -> tupl
     (rows, steps), d = run.log_p.shape, emission.shape[2]
     smoothed = np.empty((rows, steps, d))
     arguments: tuple[Any, ...] = (
-        transition, emission, run.order, run.rows, run.blocks, run.covariance, run.gain, run.filtered, run.scaled, smoothed
+        transition, emission, run.order, run.rows, run.blocks, run.covariance, run.gain, run.filtered, run.scaled,
+        smoothed,
     )  # fmt: skip
     run_shares(kalman_adjoint.smooth_means, arguments, len(run.blocks), run.cost)
     mean = torch.from_numpy(smoothed)
@@ -147,10 +149,33 @@ def smooth(scores: tuple[Tensor, ...], sizes: Tensor, covariances: bool) -> tupl
     spread, cross = np.zeros((groups, steps, d, d)), np.zeros((groups, steps - 1, d, d))
     arguments = (transition, emission, run.rows, run.steps, run.covariance, run.gain, run.inverse, spread, cross)
     run_shares(kalman_adjoint.smooth_covariances, arguments, groups, float(run.steps.sum()) * (d**3 * 10 + 500))
+    return mean, _by_row(run, spread), _by_row(run, cross)
+
+
+def filtered(scores: tuple[Tensor, ...], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Filtered means ``[B, T, d]``, covariances ``[B, T, d, d]`` and log densities ``[B, T]`` of each observation."""
+    run = filter_rows(scores, sizes)
+    (rows, steps), d = run.log_p.shape, run.covariance.shape[-1]
+    mean = np.empty((rows, steps, d))
+    for lo, hi, _ in run.blocks:
+        part = run.filtered[lo * steps * d : hi * steps * d].reshape(steps, d, hi - lo)
+        mean[run.order[lo:hi]] = part.transpose(2, 0, 1)
+    return torch.from_numpy(mean), _by_row(run, run.covariance), torch.from_numpy(run.log_p)
+
+
+def recurrence(transition: Tensor, pushes: Tensor) -> Tensor:
+    """z_t = z_{t-1} F_t + pushes_t: ``[B or 1, T - 1 or 1, d, d]`` and ``[B, T, d]`` -> ``[B, T, d]``."""
+    states = np.empty(pushes.shape)
+    arguments = (_array(transition), _array(pushes), states)
+    run_shares(kalman_adjoint.recurrence, arguments, len(pushes), states.size * pushes.shape[-1] * 0.5)
+    return torch.from_numpy(states)
+
+
+def _by_row(run: Pass, x: Array) -> Tensor:
+    """What a group has, for each of its rows."""
     if run.group is None:
-        return mean, *(torch.from_numpy(x).expand(rows, *x.shape[1:]) for x in (spread, cross))
-    group = torch.from_numpy(run.group)
-    return mean, torch.from_numpy(spread)[group], torch.from_numpy(cross)[group]
+        return torch.from_numpy(x).expand(len(run.order), *x.shape[1:])
+    return torch.from_numpy(x[run.group])
 
 
 def _groups(own: list[Array], seen: Array, lengths: Array | None, rows: int) -> Array | None:

@@ -1,4 +1,4 @@
-"""Kalman filtering and smoothing in O(log T) depth: associative scans over the steps (Sarkka and Garcia-Fernandez 2021).
+"""Kalman filtering and smoothing in O(log T) depth: associative scans (Sarkka and Garcia-Fernandez 2021).
 
 A span of steps is (A, b, C, eta, J): given the state z before it, the state after it, filtered by its observations, is
 N(z A + b, C), and its observations say exp(z eta - z J z' / 2) of z. Two spans, the earlier first, make
@@ -12,6 +12,7 @@ in row-vector form. The smoother's gradients obey an affine recursion backward, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def scan(combine: Callable[[Span, Span], Span], spans: Span, dims: tuple[int, ..
         return spans
 
     def take(x: Tensor, n: int, start: int, stop: int, stride: int) -> Tensor:
-        index = (..., slice(start, stop, stride), *(slice(None),) * n)
+        index: Any = (..., slice(start, stop, stride), *(slice(None),) * n)
         return x[index]
 
     def every(xs: Span, start: int, stop: int, stride: int = 2) -> Span:

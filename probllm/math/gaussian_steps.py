@@ -32,7 +32,7 @@ class Chain(NamedTuple):
     error: Tensor  # [..., T, o, o]
 
 
-EVENT_DIMS = Chain(2, 1, 2, 3, 2, 3, 3, 2, 3)  # type: ignore[arg-type]
+EVENT_DIMS = (2, 1, 2, 3, 2, 3, 3, 2, 3)
 
 
 class Filtered(NamedTuple):
@@ -62,7 +62,8 @@ def seen_entries(sizes: Tensor, steps: int, width: int) -> Tensor | None:
     real = (torch.arange(steps, device=sizes.device) < lengths).unsqueeze(-1)
     if sizes.shape[-1] == 1:
         return real.expand(*real.shape[:-1], width)
-    return real & (sizes[..., 1:] > 0).unflatten(-1, (steps, width))
+    seen: Tensor = real & (sizes[..., 1:] > 0).unflatten(-1, (steps, width))
+    return seen
 
 
 def wide(chain: Chain) -> Chain:
@@ -73,7 +74,13 @@ def wide(chain: Chain) -> Chain:
 
 
 def update(
-    mean: Tensor, covariance: Tensor, value: Tensor, emission: Tensor, offset: Tensor, error: Tensor, seen: Tensor | None
+    mean: Tensor,
+    covariance: Tensor,
+    value: Tensor,
+    emission: Tensor,
+    offset: Tensor,
+    error: Tensor,
+    seen: Tensor | None,
 ) -> Filtered:
     """One observation joins, at one step or at many that stand in a leading dimension.
 
@@ -106,6 +113,15 @@ def update(
     keep = torch.eye(emission.shape[-2], dtype=gain.dtype, device=gain.device) - emission @ gain
     after = keep.mT @ covariance @ keep + gain.mT @ error @ gain
     return Filtered(mean + apply(residual, gain), 0.5 * (after + after.mT), gain, inverse, scaled, log_p)
+
+
+def blank(real: Tensor, mean: Tensor, covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments with 0 where a step is not ``real``."""
+    return (
+        torch.where(real.unsqueeze(-1), mean, torch.zeros_like(mean)),
+        torch.where(real[..., None, None], covariance, torch.zeros_like(covariance)),
+        torch.where(real[..., 1:, None, None], cross, torch.zeros_like(cross)),
+    )
 
 
 def safe_cholesky(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,9 +129,9 @@ class _LogPartition(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         recursion, lengths, _, *scores = inputs
         n, rows = info.batch_size, lengths.shape[0] if in_dims[1] is None else lengths.movedim(in_dims[1], 0).shape[1]
-        folded = [_fold(n, rows, d, x) for d, x in zip(in_dims[3:], scores, strict=True)]
+        folded = [fold(n, rows, d, x) for d, x in zip(in_dims[3:], scores, strict=True)]
         result = _LogPartition.apply(  # type: ignore[no-untyped-call]
-            recursion, _fold(n, rows, in_dims[1], lengths, own=True), [], *folded
+            recursion, fold(n, rows, in_dims[1], lengths, own=True), [], *folded
         )
         return result.view(n, rows), 0
 
@@ -176,11 +176,11 @@ class _Expected(torch.autograd.Function):
         recursion, lengths, weights, *scores = inputs
         n, rows = info.batch_size, lengths.shape[0] if in_dims[1] is None else lengths.movedim(in_dims[1], 0).shape[1]
         # what all rows share is wanted for each sample by itself: each row then has its own copy, summed afterwards
-        folded = [_fold(n, rows, d, x, own=True) for d, x in zip(in_dims[3:], scores, strict=True)]
+        folded = [fold(n, rows, d, x, own=True) for d, x in zip(in_dims[3:], scores, strict=True)]
         found = _Expected.apply(  # type: ignore[no-untyped-call]
             recursion,
-            _fold(n, rows, in_dims[1], lengths, own=True),
-            _fold(n, rows, in_dims[2], weights, own=True),
+            fold(n, rows, in_dims[1], lengths, own=True),
+            fold(n, rows, in_dims[2], weights, own=True),
             *folded,
         )
         parts = []
@@ -191,7 +191,7 @@ class _Expected(torch.autograd.Function):
         return tuple(parts), (0,) * len(parts)
 
 
-def _fold(n: int, rows: int, dim: int | None, x: Tensor, own: bool = False) -> Tensor:
+def fold(n: int, rows: int, dim: int | None, x: Tensor, own: bool = False) -> Tensor:
     """The dimension that ``vmap`` adds becomes rows; what all rows share stays shared unless it differs or ``own``."""
     if dim is None:
         if x.shape[0] != rows and not own:

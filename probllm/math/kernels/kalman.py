@@ -91,11 +91,11 @@ def _inverse(s, low, out):  # type: ignore[no-untyped-def]
 def covariances(  # type: ignore[no-untyped-def]
     initial, transition, noise, emission, error, seen, rows, steps, filtered, gain, inverse, half_log_det, first, step
 ):
-    """filtered P [G, T, d, d], gain K [G, T, o, d], inverse S^-1 [G, T, o, o] (0 at missing entries), half_log_det [G, T].
+    """filtered P [G, T, d, d], gain K [G, T, o, d], inverse S^-1 [G, T, o, o], half_log_det [G, T].
 
-    initial [., d, d], transition and noise [., ., d, d], emission [., ., d, o], error [., ., o, o]: a first dimension of
-    1 is shared by the rows, a second by the steps. seen [B, T, o] or [0, 0, 0]; rows [G]: a row of each group;
-    steps [G]. Where S is singular: half_log_det infinite, K and S^-1 0.
+    initial [., d, d], transition and noise [., ., d, d], emission [., ., d, o], error [., ., o, o]: a first dimension
+    of 1 is shared by the rows, a second by the steps. seen [B, T, o] or [0, 0, 0]; rows [G]: a row of each group;
+    steps [G]. S^-1 is 0 at missing entries; where S is singular, half_log_det is infinite, K and S^-1 are 0.
     """
     d, o = emission.shape[2:]
     p, s, low, h = np.empty((d, d)), np.empty((o, o)), np.empty((o, o)), np.empty((d, o))

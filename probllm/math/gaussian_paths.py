@@ -1,0 +1,205 @@
+"""Moments and paths of the states of a linear-Gaussian chain: filter, smoother, and the recurrence that samples follow.
+
+The CPU's kernels give the values, and torch operations (``probllm.math.gaussian``) their derivatives, of any order. The
+recurrence z_t = z_{t-1} F_t + push_t is its own derivative, run backward in time with F'. Paths given observations x
+are drawn by simulation smoothing (Durbin and Koopman 2002): z* + E[z | x] - E[z | x*] with z* and x* drawn
+from the law itself, where only means depend on the draw and no covariance is factored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probllm.math import gaussian_passes as passes
+from probllm.math.gaussian import filtered, flatten, smoothed
+from probllm.math.gaussian_scan import scan
+from probllm.math.gaussian_steps import Chain, Smoothed, blank, seen_entries
+from probllm.math.recursion import fold
+from probllm.math.untraced import untraced
+
+Scores = tuple[Tensor, ...]
+
+
+@untraced
+def filter_moments(chain: Chain, lengths: Tensor | None, observed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Means ``[..., T, d]`` and covariances of z_t given x_1..x_t, and their log densities ``[..., T]``.
+
+    Float64; 0 on padding.
+    """
+    flat, sizes, shape = flatten(chain, lengths, observed)
+    mean, covariance, log_p = _found(_filter_kernel, _filter_twin, flat, sizes)
+    return mean.unflatten(0, shape), covariance.unflatten(0, shape), log_p.unflatten(0, shape)
+
+
+@untraced
+def smooth(chain: Chain, lengths: Tensor | None, observed: Tensor | None) -> Smoothed:
+    """Moments of the states given all observations, float64; 0 on padding."""
+    flat, sizes, shape = flatten(chain, lengths, observed)
+    return Smoothed(*(x.unflatten(0, shape) for x in _found(_smooth_kernel, _smooth_twin, flat, sizes)))
+
+
+@untraced
+def smooth_means(chain: Chain, lengths: Tensor | None, observed: Tensor | None) -> Tensor:
+    """Means ``[..., T, d]`` of the states given all observations, float64; 0 on padding."""
+    flat, sizes, shape = flatten(chain, lengths, observed)
+    mean: Tensor = _found(_means_kernel, _means_twin, flat, sizes)[0].unflatten(0, shape)
+    return mean
+
+
+@untraced
+def recurrence(transition: Tensor, pushes: Tensor) -> Tensor:
+    """z_1 = pushes_1, z_t = z_{t-1} F_t + pushes_t as ``[..., T, d]``, float64; differentiable to any order.
+
+    Args:
+        transition: ``[..., T - 1, d, d]`` or ``[..., 1, d, d]``.
+        pushes: ``[..., T, d]``.
+    """
+    shape = torch.broadcast_shapes(transition.shape[:-3], pushes.shape[:-2])
+    flat = pushes.double().expand(*shape, *pushes.shape[-2:]).reshape(-1, *pushes.shape[-2:])
+    if transition.shape[:-3].numel() == 1:
+        moves = transition.double().reshape(1, *transition.shape[-3:])
+    else:
+        moves = transition.double().expand(*shape, *transition.shape[-3:]).reshape(-1, *transition.shape[-3:])
+    if flat.device.type != "cpu":
+        return _recurrence_twin(moves, flat).view(*shape, *pushes.shape[-2:])
+    states: Tensor = _Recurrence.apply(moves, flat)  # type: ignore[no-untyped-call]
+    return states.view(*shape, *pushes.shape[-2:])
+
+
+def _recurrence_twin(transition: Tensor, pushes: Tensor) -> Tensor:
+    rows, steps, d = pushes.shape
+    moves = transition.expand(rows, steps - 1, d, d)
+    spans = (torch.cat((torch.zeros_like(pushes[:, :1]).unsqueeze(-1).expand(rows, 1, d, d), moves), 1), pushes)
+
+    def join(one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return one[0] @ two[0], (one[1].unsqueeze(-2) @ two[0]).squeeze(-2) + two[1]
+
+    return scan(join, spans, (2, 1))[1]
+
+
+class _Recurrence(torch.autograd.Function):
+    """transition ``[B or 1, T - 1 or 1, d, d]``, pushes ``[B, T, d]`` -> states ``[B, T, d]``."""
+
+    @staticmethod
+    def forward(transition: Tensor, pushes: Tensor) -> Tensor:
+        return passes.recurrence(transition, pushes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        transition, states = ctx.saved_tensors
+        back: Tensor = _Recurrence.apply(transition.mT.flip(1), grad.flip(1)).flip(1)  # type: ignore[no-untyped-call]
+        moves = states[:, :-1].unsqueeze(-1) * back[:, 1:].unsqueeze(-2)  # [B, T - 1, d, d]
+        if transition.shape[1] != moves.shape[1]:
+            moves = moves.sum(1, keepdim=True)
+        return (moves.sum(0, keepdim=True) if transition.shape[0] != moves.shape[0] else moves), back
+
+    @staticmethod
+    def jvp(ctx: Any, along: Tensor | None, pushed: Tensor | None) -> Tensor:
+        transition, states = ctx.saved_tensors
+        push = torch.zeros_like(states) if pushed is None else pushed
+        if along is not None and states.shape[1] > 1:
+            moved = (states[:, :-1].unsqueeze(-2) @ along).squeeze(-2)
+            push = torch.cat((push[:, :1], push[:, 1:] + moved), 1)
+        change: Tensor = _Recurrence.apply(transition, push)  # type: ignore[no-untyped-call]
+        return change
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], transition: Tensor, pushes: Tensor) -> tuple[Tensor, int]:
+        n, rows = info.batch_size, pushes.shape[0] if in_dims[1] is None else pushes.movedim(in_dims[1], 0).shape[1]
+        folded = fold(n, rows, in_dims[0], transition), fold(n, rows, in_dims[1], pushes, own=True)
+        states: Tensor = _Recurrence.apply(*folded)  # type: ignore[no-untyped-call]
+        return states.unflatten(0, (n, rows)), 0
+
+
+def _found(kernel: Callable[..., Scores], twin: Callable[..., Scores], chain: Chain, sizes: Tensor) -> Scores:
+    if chain.value.device.type != "cpu":
+        return twin(sizes, *chain)
+    found: Scores = _Moments.apply(kernel, twin, sizes, *chain)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Moments(torch.autograd.Function):
+    """Values by a kernel, derivatives by its twin; both take sizes and the fields of a flat chain."""
+
+    @staticmethod
+    def forward(kernel: Callable[..., Scores], twin: Callable[..., Scores], sizes: Tensor, *scores: Tensor) -> Scores:
+        return kernel(sizes, *scores)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Scores) -> None:
+        ctx.twin = inputs[1]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sizes, *scores = ctx.saved_tensors
+        pull = torch.func.vjp(partial(ctx.twin, sizes), *scores)[1]
+        return (None, None, None, *pull(grads))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Scores:
+        sizes, *scores = ctx.saved_tensors
+        scores = [x.contiguous() for x in scores]  # forward mode takes no tensor that repeats its memory
+        along = tuple(torch.zeros_like(x) if d is None else d for x, d in zip(scores, tangents[3:], strict=True))
+        found: Scores = torch.func.jvp(partial(ctx.twin, sizes), tuple(scores), along)[1]
+        return found
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Scores, tuple[int, ...]]:
+        kernel, twin, sizes, *scores = inputs
+        n, rows = info.batch_size, sizes.shape[0] if in_dims[2] is None else sizes.movedim(in_dims[2], 0).shape[1]
+        folded = [fold(n, rows, d, x) for d, x in zip(in_dims[3:], scores, strict=True)]
+        found = _Moments.apply(  # type: ignore[no-untyped-call]
+            kernel, twin, fold(n, rows, in_dims[2], sizes, own=True), *folded
+        )
+        return tuple(x.unflatten(0, (n, rows)) for x in found), (0,) * len(found)
+
+
+def _real(sizes: Tensor, steps: int) -> Tensor:
+    return torch.arange(steps, device=sizes.device) < sizes[..., :1]
+
+
+def _seen(sizes: Tensor, value: Tensor) -> Tensor | None:
+    return seen_entries(sizes, *value.shape[-2:])
+
+
+def _filter_kernel(sizes: Tensor, *scores: Tensor) -> Scores:
+    mean, covariance, log_p = passes.filtered(scores, sizes)
+    mean, covariance, _ = blank(_real(sizes, mean.shape[-2]), mean, covariance, covariance[..., :-1, :, :])
+    return mean, covariance, log_p
+
+
+def _filter_twin(sizes: Tensor, *scores: Tensor) -> Scores:
+    found = filtered(Chain(*scores), _seen(sizes, scores[0]))
+    real = _real(sizes, scores[0].shape[-2])
+    mean, covariance, _ = blank(real, found.mean, found.covariance, found.covariance[..., :-1, :, :])
+    return mean, covariance, torch.where(real, found.log_prob, torch.zeros_like(found.log_prob))
+
+
+def _smooth_kernel(sizes: Tensor, *scores: Tensor) -> Scores:
+    mean, covariance, cross = passes.smooth(scores, sizes, covariances=True)
+    return torch.where(_real(sizes, mean.shape[-2]).unsqueeze(-1), mean, 0.0), covariance.clone(), cross.clone()
+
+
+def _smooth_twin(sizes: Tensor, *scores: Tensor) -> Scores:
+    return tuple(smoothed(Chain(*scores), _seen(sizes, scores[0]), sizes[..., 0]))
+
+
+def _means_kernel(sizes: Tensor, *scores: Tensor) -> Scores:
+    mean = passes.smooth(scores, sizes, covariances=False)[0]
+    return (torch.where(_real(sizes, mean.shape[-2]).unsqueeze(-1), mean, 0.0),)
+
+
+def _means_twin(sizes: Tensor, *scores: Tensor) -> Scores:
+    return (_smooth_twin(sizes, *scores)[0],)
