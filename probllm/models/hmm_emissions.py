@@ -13,7 +13,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from probllm.math.conjugate import dirichlet_divergence, expected_log
@@ -104,6 +103,8 @@ def above_zero(**values: float) -> None:
 
 def nearest_clusters(observations: Tensor, clusters: int, seed: int) -> Tensor:
     """k-means labels of vectors ``[N, D]`` as weights ``[N, clusters]``; with fewer points, some clusters are empty."""
+    from sklearn.cluster import KMeans  # takes seconds to import
+
     points = observations.detach().cpu().numpy().astype(np.float64)
     distinct = min(clusters, len(np.unique(points, axis=0)))
     spread = points.std(0)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from probllm.math.chain import as_chain
@@ -218,6 +217,8 @@ def matched(one: Tensor, other: Tensor) -> Tensor:
         ``order [K]``: state i of ``one`` is state ``order[i]`` of ``other``, by the assignment of the greatest expected
         number of steps at which both are in matched states (Kuhn 1955).
     """
+    from scipy.optimize import linear_sum_assignment  # takes a second to import
+
     if one.shape != other.shape:
         raise ValueError(f"other: expected shape {list(one.shape)}, got {list(other.shape)}")
     return torch.from_numpy(linear_sum_assignment(-(one.T @ other).numpy())[1])
