@@ -27,6 +27,7 @@ from probllm.data.lines import LabelledText, read_labelled_lines, read_lines, re
 from probllm.data.parsing import ParsingVocabulary
 from probllm.data.pronunciations import Pronunciation, letters_to_phonemes, pronunciations, stress_tagging
 from probllm.data.python_reference import PythonReference, python_reference
+from probllm.data.segmentation import labels_of_tags, segmentation_from_tags, tags_from_segmentation
 from probllm.data.splits import Split, random_split
 from probllm.data.subwords import Subwords, WordPieces
 from probllm.data.tagging import TaggingVocabulary
@@ -64,6 +65,7 @@ __all__ = [
     "emoji_names",
     "find_cycle",
     "is_projective",
+    "labels_of_tags",
     "letters_to_phonemes",
     "load_image",
     "projectivise",
@@ -79,9 +81,11 @@ __all__ = [
     "read_tagged",
     "read_text",
     "segmentation_from_spans",
+    "segmentation_from_tags",
     "spans_from_segmentation",
     "spans_from_tags",
     "stress_tagging",
+    "tags_from_segmentation",
     "tags_from_spans",
     "turkish_treebank",
     "write_conll",

@@ -9,6 +9,7 @@ from probllm.models.hmm_emissions import CategoricalEmissions, Emissions, Poisso
 from probllm.models.hmm_tagger import HMMTagger
 from probllm.models.hsmm import HSMM
 from probllm.models.model import Model
+from probllm.models.semi_markov_tagger import SemiMarkovTagger
 from probllm.models.softmax_tagger import SoftmaxTagger
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "MixtureEmissions",
     "Model",
     "PoissonEmissions",
+    "SemiMarkovTagger",
     "SoftmaxTagger",
 ]

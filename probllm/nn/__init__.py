@@ -17,6 +17,7 @@ from probllm.nn.feedforward import FeedForwardEncoder
 from probllm.nn.patches import PatchEmbedding, PatchEncoder
 from probllm.nn.potentials import ChainPotentials
 from probllm.nn.recurrent import RecurrentEncoder
+from probllm.nn.segment_scores import SegmentScores
 from probllm.nn.subwords import SubwordPooling, pool_subwords
 from probllm.nn.transformer import TransformerEncoder, TransformerLayer
 
@@ -34,6 +35,7 @@ __all__ = [
     "PatchEmbedding",
     "PatchEncoder",
     "RecurrentEncoder",
+    "SegmentScores",
     "SelfAttention",
     "SubwordPooling",
     "TransformerEncoder",
