@@ -45,6 +45,7 @@ _SUMMED_STATES: dict[str, Capability] = {
 
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "LinearChainCRF": _OVER_STRUCTURES,
+    "MonotonicAlignment": _OVER_STRUCTURES,
     "SecondOrderCRF": _OVER_STRUCTURES,
     "SemiMarkovCRF": _OVER_STRUCTURES,
     "SpanTree": _OVER_STRUCTURES,

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from probllm.distributions.inside import InsideDistribution
-from probllm.math import alignment
+from probllm.math import alignment, ctc
 from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
+from probllm.math.recursion import log_partition
 
 
 class MonotonicAlignment(InsideDistribution):
@@ -40,6 +41,7 @@ class MonotonicAlignment(InsideDistribution):
     _dims: ClassVar[dict[str, int]] = {"emissions": 2, "steps": 2, "start": 1, "end": 1}
     _recursion = alignment.RECURSION
     _one_tag_a_step = True
+    _labelled: tuple[Tensor, Tensor] | None = None  # CTC: log probabilities, and its labels as ``ctc.pack`` gives them
 
     def __init__(
         self,
@@ -53,6 +55,8 @@ class MonotonicAlignment(InsideDistribution):
     ) -> None:
         if emissions.dim() < 2 or 0 in emissions.shape[-2:]:
             raise ValueError(f"emissions: expected shape [*batch, T, S], got {list(emissions.shape)}")
+        if not emissions.is_floating_point():
+            raise TypeError(f"emissions: expected floating-point scores, got {emissions.dtype}")
         states = emissions.shape[-1]
         if steps is None:
             steps = emissions.new_zeros(2, states)
@@ -104,6 +108,8 @@ class MonotonicAlignment(InsideDistribution):
         """
         if log_probs.dim() < 2 or 0 in log_probs.shape[-2:]:
             raise ValueError(f"log_probs: expected shape [..., T, V], got {list(log_probs.shape)}")
+        if not log_probs.is_floating_point():
+            raise TypeError(f"log_probs: expected floating-point scores, got {log_probs.dtype}")
         frames, size = log_probs.shape[-2:]
         if not 0 <= blank < size:
             raise ValueError(f"blank: expected from 0 to {size - 1}, got {blank}")
@@ -111,43 +117,74 @@ class MonotonicAlignment(InsideDistribution):
             raise TypeError(f"targets: expected integers, got {targets.dtype}")
         if targets.dim() < 1:
             raise ValueError("targets: expected shape [..., U], got a scalar")
-        count = targets.shape[-1]
-        if target_lengths is None:
-            target_lengths = torch.full((), count, device=targets.device)
-        check_lengths(target_lengths + 1, count + 1)  # none is allowed here
+        device, count = log_probs.device, targets.shape[-1]
+        lengths = torch.tensor(frames) if lengths is None else lengths
+        target_lengths = torch.tensor(count) if target_lengths is None else target_lengths
+        check_lengths(lengths, frames)
+        _check_target_lengths(target_lengths, count)
+        shapes = (log_probs.shape[:-2], targets.shape[:-1], lengths.shape, target_lengths.shape)
         try:
-            batch = torch.broadcast_shapes(log_probs.shape[:-2], targets.shape[:-1], target_lengths.shape)
+            batch = shapes[0] if len(set(shapes)) == 1 else torch.broadcast_shapes(*shapes)
         except RuntimeError:
+            names = ("log_probs", "targets", "lengths", "target_lengths")
             raise ValueError(
-                f"batch shapes do not broadcast: log_probs {list(log_probs.shape[:-2])}, targets "
-                f"{list(targets.shape[:-1])}, target_lengths {list(target_lengths.shape)}"
+                f"batch shapes do not broadcast: {dict(zip(names, map(list, shapes), strict=True))}"
             ) from None
-        targets = targets.to(log_probs.device, torch.long)
-        target_lengths = target_lengths.to(log_probs.device, torch.long)
-        real = mask_from_lengths(target_lengths, count)
-        bad = real & ((targets < 0) | (targets >= size) | (targets == blank))
-        if not is_wrapped(bad) and bool(bad.any()):
-            raise ValueError(f"targets: expected labels from 0 to {size - 1} other than the blank, {blank}")
-        labels = torch.where(real, targets, blank)
-        states = 2 * count + 1
-        with_blanks = torch.stack([torch.full_like(labels, blank), labels], -1).flatten(-2)
-        with_blanks = torch.nn.functional.pad(with_blanks, (0, 1), value=blank)
-        emissions = log_probs.expand(*batch, frames, size).gather(
-            -1, with_blanks.unsqueeze(-2).expand(*batch, frames, states)
-        )
-        # from a label to the next one without a blank, unless they are equal
-        skips = torch.nn.functional.pad(with_blanks[..., 2:] != with_blanks[..., :-2], (min(2, states), 0))
-        skips = skips[..., :states] & (with_blanks != blank)
-        at = torch.arange(states, device=log_probs.device)
-        zeros = torch.zeros_like(skips, dtype=log_probs.dtype)
-        steps = torch.stack([zeros, zeros, zeros.masked_fill(~skips, -math.inf)], -2)
-        start = zeros.new_zeros(states).masked_fill(at > 1, -math.inf)
-        last = 2 * target_lengths.unsqueeze(-1)
-        end = zeros.new_zeros(states).masked_fill((at != last) & (at != last - 1), -math.inf)
-        return cls(emissions, steps, start, end, lengths)
+        targets, lengths, target_lengths = (x.to(device, torch.long) for x in (targets, lengths, target_lengths))
+        lengths, target_lengths = lengths.expand(batch), target_lengths.expand(batch)
+        packed = ctc.pack(targets.expand(*batch, count), lengths, target_lengths, blank)
+        labels = packed[..., 3:]
+        if not is_wrapped(packed) and labels.numel():
+            low, high = (int(x) for x in labels.aminmax())
+            blanks = torch.arange(count, device=device) >= target_lengths.unsqueeze(-1)
+            if low < 0 or high >= size or bool(((labels == blank) != blanks).any()):
+                raise ValueError(f"targets: expected labels from 0 to {size - 1} other than the blank, {blank}")
+        law = cls.__new__(cls)
+        law._labelled = (log_probs, packed)
+        law._own_shape, law.lengths, law._kept = batch, lengths, {}
+        super(InsideDistribution, law).__init__(batch, torch.Size([frames]), validate_args=False)
+        return law
+
+    # CTC's lattice is built when its parts are asked for; log Z comes straight from the log probabilities
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        if self._labelled is None:
+            return self._given
+        log_probs, packed = self._labelled
+
+        def make() -> dict[str, Tensor]:
+            wide = log_probs.expand(*self._own_shape, *log_probs.shape[-2:])
+            return dict(zip(self._dims, (ctc.emissions_of(wide, packed), *ctc.frame(packed, wide.dtype)), strict=True))
+
+        found: dict[str, Tensor] = self._keep("lattice", make)
+        return found
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._given["emissions"].dtype if self._labelled is None else self._labelled[0].dtype
+
+    @property
+    def _requires_grad(self) -> bool:
+        return super()._requires_grad if self._labelled is None else self._labelled[0].requires_grad
+
+    def _log_z(self) -> Tensor:
+        if self._labelled is None or 0 in self._own_shape:
+            return super()._log_z()
+        log_probs, packed = self._labelled
+        if not is_wrapped(log_probs) and not bool(log_probs.detach().amax() < math.inf):
+            raise ValueError("log_probs: scores must not be NaN or +inf (-inf forbids)")
+        event = log_probs.shape[-2:]
+        if math.prod(log_probs.shape[:-2]) == 1:
+            flat = log_probs.reshape(1, *event)
+        else:
+            flat = log_probs.expand(*self._own_shape, *event).reshape(-1, *event)
+        found = log_partition(ctc.RECURSION, (flat,), packed.reshape(-1, packed.shape[-1]))
+        return found.reshape(self._own_shape)
 
     def _with(self, **parts: Tensor) -> Self:
-        return type(self)(**{**self.parts, **parts}, lengths=self.lengths)
+        given = {**self.parts, **parts}
+        return type(self)(given["emissions"], given["steps"], given["start"], given["end"], self.lengths)
 
     def _greatest(self) -> int:
         return self.parts["emissions"].shape[-1] - 1
@@ -193,6 +230,18 @@ class MonotonicAlignment(InsideDistribution):
         if scores is None:
             return super()._draw(n)
         return alignment.sample(scores, self._flat_lengths(), n).reshape(n, *self._own_shape, *self.event_shape)
+
+
+def _check_target_lengths(lengths: Tensor, greatest: int) -> None:
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(
+            f"target_lengths: expected a tensor of integers, got {getattr(lengths, 'dtype', type(lengths))}"
+        )
+    if is_wrapped(lengths) or not lengths.numel():
+        return
+    low, high = (int(x) for x in lengths.aminmax())
+    if low < 0 or high > greatest:
+        raise ValueError(f"target_lengths: expected values from 0 to {greatest}, got values from {low} to {high}")
 
 
 MOST_STEPS = 64  # how far a step may skip, less one

@@ -40,19 +40,24 @@ def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Te
     return semiring.sum(semiring.times(alpha, end), -1)
 
 
-def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, Any]:
-    """log Z ``[B]``, and the expected states ``[B, T, S]`` and steps ``[B, D, S]`` of each row."""
-    arrays = _arrays(scores, lengths)
+def sums(arrays: Arrays, lengths: Any, keep: bool) -> tuple[Any, Any, Any]:
+    """log Z ``[B]``, and where ``keep`` the expected states ``[B, T, S]`` and steps ``[B, D, S]`` of each row."""
     (rows, longest, states), moves = arrays[0].shape, arrays[1].shape[1]
-    shape = (rows, longest, states) if keep else (0, 0, 0)
-    marginals, arrivals = np.zeros(shape), np.zeros((rows, moves, states) if keep else (0, 0, 0))
-    log_z, flags, n = np.empty(rows), np.empty(rows, np.int8), _ints(lengths)
-    arguments = (*arrays, n, keep, marginals, arrivals, log_z, flags)
+    marginals = np.zeros((rows, longest, states) if keep else (0, 0, 0))
+    arrivals = np.zeros((rows, moves, states) if keep else (0, 0, 0))
+    log_z, flags = np.empty(rows), np.empty(rows, np.int8)
+    arguments = (*arrays, lengths, keep, marginals, arrivals, log_z, flags)
     run_shares(kernels.scaled, arguments, rows, 8.0 * rows * longest * states)
     if flags.any():
-        run_shares(kernels.logs, arguments, rows, 80.0 * int(flags.sum()) * longest * states)
-    total = torch.from_numpy(log_z)
-    return total, (torch.from_numpy(marginals), torch.from_numpy(arrivals), lengths, total, scores) if keep else None
+        run_shares(kernels.logs, arguments, rows, 40.0 * int(flags.sum()) * longest * states)
+    return log_z, marginals, arrivals
+
+
+def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, Any]:
+    """log Z ``[B]``, and what ``backward`` needs."""
+    found = sums(_arrays(scores, lengths), _ints(lengths), keep)
+    log_z, marginals, arrivals = map(torch.from_numpy, found)
+    return log_z, (marginals, arrivals, lengths, log_z, scores) if keep else None
 
 
 def backward(kept: Any, weights: Tensor) -> tuple[Tensor, ...]:
@@ -84,11 +89,11 @@ def sample(scores: tuple[Tensor, ...], lengths: Tensor, count: int) -> Tensor:
 
 
 def _arrays(scores: tuple[Tensor, ...], lengths: Tensor) -> Arrays:
-    emissions, *rest = (x.detach().double().contiguous().numpy() for x in scores)
+    emissions, steps, start, end = (x.detach().double().contiguous().numpy() for x in scores)
     if emissions.shape[0] != len(lengths):
         emissions = np.broadcast_to(emissions, (len(lengths), *emissions.shape[1:]))
         emissions = np.ascontiguousarray(emissions)
-    return (emissions, *rest)
+    return emissions, steps, start, end
 
 
 def _ints(lengths: Tensor) -> Any:

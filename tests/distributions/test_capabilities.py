@@ -13,6 +13,7 @@ from probllm.distributions.capabilities import CAPABILITIES, MEMBERS, table
 E, A = torch.randn(2, 3, 4), torch.randn(4, 4)
 LAWS = {
     "LinearChainCRF": distributions.LinearChainCRF(E, A),
+    "MonotonicAlignment": distributions.MonotonicAlignment(E),
     "SecondOrderCRF": distributions.SecondOrderCRF(E, torch.randn(4, 4, 4), A, torch.zeros(4)),
     "SemiMarkovCRF": distributions.SemiMarkovCRF(torch.randn(2, 3, 2, 4), A),
     "SpanTree": distributions.SpanTree(torch.randn(2, 3, 3, 4)),

@@ -1,13 +1,18 @@
 """Monotone alignments, compiled: forward-backward over a left-to-right lattice, its best and its drawn paths.
 
-    alpha_t(s) = q_t(s) sum_d alpha_{t-1}(s - d) w(d, s) / m_t      m_t: the maximum over s, so that alpha is at most 1
+    alpha_t(s) = q_t(s) sum_d alpha_{t-1}(s - d) w(d, s) / m_t,      w = exp(steps), q = exp(emissions)
     beta_{t-1}(s) = sum_d w(d, s + d) q_t(s + d) beta_t(s + d) / k_t
     c_t = sum_s alpha_t(s) beta_t(s),    P(state s at step t) = alpha_t(s) beta_t(s) / c_t
 
-in probability space and float64 (``scaled``), or in logs (``logs``) for rows that ``scaled`` does not certify. What is
-below ``TINY`` becomes 0, which changes no answer as long as every m, k and c is above ``LEAST``: what was dropped at a
-step is at most TINY / LEAST of its greatest alpha (or beta), so its share of the probability c_t is at most
-S TINY / LEAST^2. Only states that a path can pass at the step are looked at.
+in probability space and float64 (``scaled``), or in logs (``logs``) for rows that ``scaled`` does not certify. Only
+states that a path can pass at the step are looked at.
+
+Why the certificate holds. Alphas and betas are scaled to a maximum of BIG. What is dropped from either (below TINY, or
+by underflow of a product or an exponential) is at most ``lost`` in those units. The paths whose prefix was dropped and
+whose suffix was not, or the other way round, have no more than lost * BIG of the mass c_t of their step, which must be
+below 1 / SURE. For paths that were dropped in both directions, at t and later at t', no more than
+(lost / BIG)^2 / c times the product of r_u / m_u over t < u <= t', where no step multiplies a mass by more
+than r_u = max_s sum_d w(d, s + d) q_u(s + d), which is at most D.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ import numpy as np
 
 from probllm.math.kernels.compiled import compiled
 
-TINY, LEAST = 1e-250, 1e-100
-_FAST = {"contract", "reassoc", "nsz"}  # nothing here is infinite or NaN where sums are reordered
+TINY, LEAST, LEAST_EXP, BIG, SURE = 1e-300, 1e-150, 1e-299, 1e140, 1e30
+_FAST = {"contract", "reassoc", "nsz", "nnan"}  # nothing here is infinite or NaN where sums are reordered
 _TURN = 1.5 * 2.0**52  # added to a number below 2^51, it leaves the nearest integer in the lowest bits
 
 
@@ -51,86 +56,87 @@ def _exponentials(x, power, bits, size):  # type: ignore[no-untyped-def]
         x[j] *= power[j]
 
 
-@compiled(fastmath={"nnan", "reassoc"}, error_model="numpy")
-def _highest(x, first, last):  # type: ignore[no-untyped-def]
+@compiled(fastmath=_FAST, error_model="numpy")
+def _highest(x):  # type: ignore[no-untyped-def]
     high = -math.inf
-    for j in range(first, last):
-        high = x[j] if x[j] > high else high
+    for s in range(x.size):
+        high = x[s] if x[s] > high else high
     return high
 
 
-@compiled(fastmath=_FAST, error_model="numpy")
-def _dot(x, y, by, first, last):  # type: ignore[no-untyped-def]
-    """sum x y."""
-    total = 0.0
-    for j in range(first, last):
-        total += x[j] * y[j]
-    return total * by
-
-
 @compiled()
-def _bounds(start, end, reach, n):  # type: ignore[no-untyped-def]
-    """(last state in which a path may begin, first and last in which it may end); empty: -1."""
-    last_start = first_end = last_end = -1
-    for s in range(start.size):
-        if start[s] > -math.inf:
-            last_start = s
-        if end[s] > -math.inf:
-            first_end = s if first_end < 0 else first_end
-            last_end = s
-    return last_start, first_end, last_end
+def _least_and_last(scores):  # type: ignore[no-untyped-def]
+    """The first and the last entry that is allowed; -1 where none is."""
+    first = last = -1
+    for s in range(scores.size):
+        if scores[s] > -math.inf:
+            first = s if first < 0 else first
+            last = s
+    return first, last
 
 
 @compiled(fastmath=_FAST, error_model="numpy")
-def _ahead(before, w, q, now, edge, low, high):  # type: ignore[no-untyped-def]
-    """now(s) = q(s) sum_d before(s - d) w(d, s); returns the maximum. ``edge`` entries stand before state 0."""
-    for s in range(low, high):
-        now[edge + s] = before[edge + s] * w[0, s]
-    for d in range(1, w.shape[0]):
-        for s in range(low, high):
-            now[edge + s] += before[edge + s - d] * w[d, s]
+def _below(x, peak, out):  # type: ignore[no-untyped-def]
+    """out = x - peak; returns how many finite entries are too low for ``_exponentials``."""
+    lost = 0
+    for s in range(x.size):
+        v = x[s] - peak
+        out[s] = v
+        lost += 1 if (v < -690.0) & (v > -1e300) else 0
+    return lost
+
+
+@compiled(fastmath=_FAST, error_model="numpy")
+def _three(x0, x1, x2, w0, w1, w2, q, out):  # type: ignore[no-untyped-def]
+    """out = (x0 w0 + x1 w1 + x2 w2) q; returns the maximum."""
     most = 0.0
-    for s in range(low, high):
-        v = now[edge + s] * q[s]
-        now[edge + s] = v
+    for s in range(out.size):
+        v = (x0[s] * w0[s] + x1[s] * w1[s] + x2[s] * w2[s]) * q[s]
+        out[s] = v
         most = v if v > most else most
     return most
 
 
 @compiled(fastmath=_FAST, error_model="numpy")
-def _scale(x, by, first, last):  # type: ignore[no-untyped-def]
-    for j in range(first, last):
-        v = x[j] * by
-        x[j] = v if v > TINY else 0.0
+def _add_product(x, w, out):  # type: ignore[no-untyped-def]
+    for s in range(out.size):
+        out[s] += x[s] * w[s]
 
 
 @compiled(fastmath=_FAST, error_model="numpy")
-def _behind(w, g, beta, low, high):  # type: ignore[no-untyped-def]
-    """beta(s) = sum_d w(d, s + d) g(s + d); returns the maximum."""
-    for s in range(low, high):
-        beta[s] = g[s] * w[0, s]
-    for d in range(1, w.shape[0]):
-        for s in range(low, high):
-            beta[s] += g[s + d] * w[d, s + d]
+def _product(x, w, out):  # type: ignore[no-untyped-def]
+    """out = x w; returns the maximum."""
     most = 0.0
-    for s in range(low, high):
-        most = beta[s] if beta[s] > most else most
+    for s in range(out.size):
+        v = x[s] * w[s]
+        out[s] = v
+        most = v if v > most else most
     return most
 
 
 @compiled(fastmath=_FAST, error_model="numpy")
-def _collect(before, g, by, edge, low, high, arrivals):  # type: ignore[no-untyped-def]
-    """arrivals(d, s) += before(s - d) g(s) by."""
-    for d in range(arrivals.shape[0]):
-        for s in range(low, high):
-            arrivals[d, s] += before[edge + s - d] * g[s] * by
+def _scale(x, by):  # type: ignore[no-untyped-def]
+    for s in range(x.size):
+        v = x[s] * by
+        x[s] = v if v > TINY else 0.0
 
 
 @compiled(fastmath=_FAST, error_model="numpy")
-def _times(x, y, by, out, edge, low, high):  # type: ignore[no-untyped-def]
-    """out(s) = x(s) y(s) by."""
-    for s in range(low, high):
-        out[s] = x[edge + s] * y[s] * by
+def _dot(x, y):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for s in range(x.size):
+        total += x[s] * y[s]
+    return total
+
+
+@compiled(fastmath=_FAST, error_model="numpy")
+def _add_share(x, y, by, out):  # type: ignore[no-untyped-def]
+    """out += x y by, but for what would be slow: shares below 1e-290."""
+    least = 1e-290 / by
+    for s in range(out.size):
+        v = x[s] * y[s]
+        v = v if v > least else 0.0
+        out[s] += v * by
 
 
 @compiled()
@@ -147,89 +153,132 @@ def scaled(  # type: ignore[no-untyped-def]
     edge = moves - 1
     alpha, q = np.zeros((longest, edge + states)), np.zeros((longest, states))
     w = np.zeros((moves, states + edge))
-    beta, g, finish = np.zeros(states), np.zeros(states + edge), np.zeros(states)
-    power = np.empty(states)
-    bits = power.view(np.int64)
-    prepared = -1
+    beta, g, power, scales = np.zeros(states), np.zeros(states + edge), np.empty(states), np.empty(longest)
+    spread = math.log(moves)
+    bits, ones = power.view(np.int64), np.ones(states)
+    prepared, most_step, rough_steps = -1, 0.0, False
     for b in range(first, rows, step):
         n = lengths[b]
         row = b if steps.shape[0] > 1 else 0
         if row != prepared:
-            most_step = -math.inf
-            for d in range(moves):
-                most_step = max(most_step, _highest(steps[row, d], min(d, states), states))
+            most_step, rough_steps = -math.inf, False
+            for d in range(min(moves, states)):
+                most_step = max(most_step, _highest(steps[row, d, d:]))
             for d in range(moves):
                 for s in range(d, states):
                     w[d, s] = math.exp(steps[row, d, s] - most_step) if most_step > -math.inf else 0.0
+                    rough_steps = rough_steps | ((w[d, s] < LEAST_EXP) & (steps[row, d, s] > -math.inf))
             prepared = row
         from_start, to_end = start[b if start.shape[0] > 1 else 0], end[b if end.shape[0] > 1 else 0]
-        last_start, first_end, last_end = _bounds(from_start, to_end, edge, n)
+        last_start = _least_and_last(from_start)[1]
+        first_end, last_end = _least_and_last(to_end)
         flags[b] = 0
         log_z[b] = -math.inf
-        if last_start < 0 or last_end < 0:
+        if last_start < 0 or last_end < 0 or (n > 1 and most_step == -math.inf):
             continue
-        most_start, most_end = _highest(from_start, 0, states), _highest(to_end, 0, states)
+        most_start, most_end = _highest(from_start), _highest(to_end)
         total = most_start + most_end + (most_step * (n - 1) if n > 1 else 0.0)
-        good = total > -math.inf
+        lost = TINY  # the most that was dropped from an alpha or a beta, whose maximum is BIG
+        least_mass = BIG * BIG
+        rough = rough_steps  # whether an exponential was so small that it was dropped
+        for s in range(states):
+            g[s] = math.exp(from_start[s] - most_start) * BIG
+            beta[s] = math.exp(to_end[s] - most_end) * BIG
+            rough = rough | ((g[s] < BIG * LEAST_EXP) & (from_start[s] > -math.inf))
+            rough = rough | ((beta[s] < BIG * LEAST_EXP) & (to_end[s] > -math.inf))
         for t in range(n):
-            if not good:
-                break
             low, high = max(0, first_end - edge * (n - 1 - t)), min(last_end, last_start + edge * t) + 1
-            peak = _highest(emissions[b, t], low, high)
-            if high <= low or peak == -math.inf:  # no path passes here
-                good = False
+            peak = _highest(emissions[b, t, low:high]) if low < high else -math.inf
+            if peak == -math.inf:  # no path passes here
+                total = -math.inf
                 break
-            now, p = alpha[t], q[t]
-            for s in range(low, high):
-                p[s] = emissions[b, t, s] - peak
-            _exponentials(p[low:high], power, bits, high - low)
+            p = q[t, low:high]
+            rough = rough | (_below(emissions[b, t, low:high], peak, p) > 0)
+            _exponentials(p, power, bits, high - low)
             # what later loops may read beside the band
-            now[: edge + low] = 0.0
-            now[edge + high :] = 0.0
-            p[high:] = 0.0
+            alpha[t, : edge + low] = 0.0
+            alpha[t, edge + high :] = 0.0
+            now = alpha[t, edge + low : edge + high]
             if t == 0:
-                most = 0.0
-                for s in range(low, high):
-                    now[edge + s] = math.exp(from_start[s] - most_start) * p[s]
-                    most = max(most, now[edge + s])
+                most = _product(g[low:high], p, now)
+            elif moves == 3:
+                x = alpha[t - 1]
+                most = _three(
+                    x[2 + low : 2 + high], x[1 + low : 1 + high], x[low:high], w[0, low:high], w[1, low:high],
+                    w[2, low:high], p, now,
+                )  # fmt: skip
             else:
-                most = _ahead(alpha[t - 1], w, p, now, edge, low, high)
+                now[:] = 0.0
+                for d in range(moves):
+                    _add_product(alpha[t - 1, edge + low - d : edge + high - d], w[d, low:high], now)
+                most = _product(now, p, now)
             if not most > LEAST:
                 flags[b] = 1
-                good = False
                 break
-            _scale(now, 1.0 / most, edge + low, edge + high)
-            total += peak + math.log(most)
-        if not good:
+            _scale(now, BIG / most)
+            lost = max(lost, (BIG * LEAST_EXP if rough else TINY) * (BIG / most))
+            scales[t] = math.log(most / BIG)
+            total += peak + scales[t]
+        if flags[b] == 1 or total == -math.inf:
             continue
-        beta[:] = 0.0
-        for s in range(states):
-            beta[s] = math.exp(to_end[s] - most_end)
+        g[:] = 0.0
         for t in range(n - 1, -1, -1):
             low, high = max(0, first_end - edge * (n - 1 - t)), min(last_end, last_start + edge * t) + 1
+            now, ending = alpha[t, edge + low : edge + high], beta[low:high]
             factor = 1.0
             if t < n - 1:
-                most = _behind(w, g, beta, low, high)
+                if moves == 3:
+                    most = _three(
+                        g[low:high], g[1 + low : 1 + high], g[2 + low : 2 + high], w[0, low:high],
+                        w[1, 1 + low : 1 + high], w[2, 2 + low : 2 + high], ones[low:high],
+                        ending,
+                    )  # fmt: skip
+                else:
+                    ending[:] = 0.0
+                    for d in range(moves):
+                        _add_product(g[low + d : high + d], w[d, low + d : high + d], ending)
+                    most = _highest(ending)
                 if not most > LEAST:
                     flags[b] = 1
                     break
-                factor = 1.0 / most
-                _scale(beta, factor, low, high)
-            c = _dot(alpha[t, edge:], beta, 1.0, low, high)
-            if not c > LEAST:
+                factor = BIG / most
+                _scale(ending, factor)
+                lost = max(lost, (BIG * LEAST_EXP if rough else TINY) * factor)
+            c = _dot(now, ending)
+            least_mass = min(least_mass, c)
+            if not c > lost * BIG * SURE:
                 flags[b] = 1
                 break
             if t == n - 1:
-                log_z[b] = total + math.log(c)
+                log_z[b] = total + (math.log(c) - 2 * math.log(BIG))
             if keep:
-                _times(alpha[t], beta, 1.0 / c, marginals[b, t], edge, low, high)
+                _add_share(now, ending, 1.0 / c, marginals[b, t, low:high])
                 if t < n - 1:
-                    after = min(last_end, last_start + edge * (t + 1)) + 1
-                    before = max(0, first_end - edge * (n - 2 - t))
-                    _collect(alpha[t], g, factor / c, edge, before, after, arrivals[b])
-            _times(q[t], beta, 1.0, g, 0, low, high)
+                    after, before = (
+                        min(last_end, last_start + edge * (t + 1)) + 1,
+                        max(0, first_end - edge * (n - 2 - t)),
+                    )
+                    for d in range(moves):
+                        _add_share(
+                            alpha[t, edge + before - d : edge + after - d], g[before:after], factor / c,
+                            arrivals[b, d, before:after],
+                        )  # fmt: skip
+            _product(q[t, low:high], ending, g[low:high])
             g[:low] = 0.0
             g[high:] = 0.0
+        if flags[b] == 0:
+            room = math.log(least_mass) - 2 * math.log(lost) - math.log(SURE)
+            if spread * (n - 1) - scales[1:n].sum() > room:
+                growth = -scales[1:n].sum()
+                for t in range(1, n):
+                    low, high = max(0, first_end - edge * (n - 1 - t)), min(last_end, last_start + edge * t) + 1
+                    g[:] = 0.0
+                    g[low:high] = q[t, low:high]
+                    beta[:] = 0.0
+                    for d in range(moves):
+                        _add_product(g[d : d + states], w[d, d : d + states], beta)
+                    growth += math.log(_highest(beta))
+                flags[b] = 1 if growth > room else 0
         if flags[b] == 1:
             log_z[b] = -math.inf
             if keep:
@@ -254,25 +303,46 @@ def _shift(x):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _forward_logs(emissions, steps, start, n, alpha):  # type: ignore[no-untyped-def]
-    """alpha [T, S]: log filtered scores, each step's maximum taken out; returns the sum of the maxima."""
+def _sums(x, high, mass, power, bits):  # type: ignore[no-untyped-def]
+    """x [D, S] = exp(x - high), high [S] its maximum over D (0 for -inf), mass [S] the sum over D."""
+    moves, states = x.shape
+    high[:] = x[0]
+    for d in range(1, moves):
+        for s in range(states):
+            high[s] = x[d, s] if x[d, s] > high[s] else high[s]
+    for s in range(states):
+        high[s] = high[s] if high[s] > -math.inf else 0.0
+    for d in range(moves):
+        for s in range(states):
+            x[d, s] -= high[s]
+    _exponentials(x.reshape(x.size), power, bits, x.size)
+    mass[:] = x[0]
+    for d in range(1, moves):
+        for s in range(states):
+            mass[s] += x[d, s]
+
+
+@compiled()
+def _forward_logs(emissions, steps, start, n, alpha, x, high, mass, power, bits):  # type: ignore[no-untyped-def]
+    """alpha [T, S]: log filtered scores, each step's maximum taken out; returns the sum of the maxima.
+
+    x [D, S], high and mass [S], power and bits [D S] are room for the work.
+    """
     moves, states = steps.shape
     for s in range(states):
         alpha[0, s] = start[s] + emissions[0, s]
     total = _shift(alpha[0])
     for t in range(1, n):
-        for s in range(states):
-            high = -math.inf
-            for d in range(min(moves, s + 1)):
-                high = max(high, alpha[t - 1, s - d] + steps[d, s])
-            mass = 0.0
-            if high > -math.inf:
-                for d in range(min(moves, s + 1)):
-                    mass += math.exp(alpha[t - 1, s - d] + steps[d, s] - high)
-            alpha[t, s] = high + math.log(mass) + emissions[t, s] if mass > 0 else -math.inf
-        total += _shift(alpha[t])
         if total == -math.inf:
             break
+        for d in range(moves):
+            x[d, : min(d, states)] = -math.inf
+            for s in range(d, states):
+                x[d, s] = alpha[t - 1, s - d] + steps[d, s]
+        _sums(x, high, mass, power, bits)
+        for s in range(states):
+            alpha[t, s] = high[s] + math.log(mass[s]) + emissions[t, s] if mass[s] > 0 else -math.inf
+        total += _shift(alpha[t])
     return total
 
 
@@ -283,61 +353,49 @@ def logs(  # type: ignore[no-untyped-def]
     """As ``scaled``, right for every score; only rows whose flag is 1."""
     rows, longest, states = emissions.shape
     moves = steps.shape[1]
-    alpha, beta, g = np.empty((longest, states)), np.empty(states), np.empty(states)
-    pairs = np.empty((moves, states))
+    alpha, beta, p = np.empty((longest, states)), np.empty(states), np.empty(states)
+    x, high, mass, power = np.empty((moves, states)), np.empty(states), np.empty(states), np.empty(moves * states)
+    bits = power.view(np.int64)
     for b in range(first, rows, step):
         if flags[b] == 0:
             continue
         n = lengths[b]
         moved = steps[b if steps.shape[0] > 1 else 0]
-        total = _forward_logs(emissions[b], moved, start[b if start.shape[0] > 1 else 0], n, alpha)
+        from_start = start[b if start.shape[0] > 1 else 0]
+        log_z[b] = total = _forward_logs(emissions[b], moved, from_start, n, alpha, x, high, mass, power, bits)
+        if total == -math.inf:
+            continue
         beta[:] = end[b if end.shape[0] > 1 else 0]
-        high = -math.inf
-        for s in range(states):
-            high = max(high, alpha[n - 1, s] + beta[s])
-        if total == -math.inf or high == -math.inf:
-            log_z[b] = -math.inf
-            continue
-        mass = 0.0
-        for s in range(states):
-            mass += math.exp(alpha[n - 1, s] + beta[s] - high)
-        log_z[b] = total + high + math.log(mass)
-        if not keep:
-            continue
         for t in range(n - 1, -1, -1):
-            high, mass = -math.inf, 0.0
+            if t < n - 1:
+                for d in range(moves):
+                    for s in range(states - d):
+                        x[d, s] = moved[d, s + d] + (emissions[b, t + 1, s + d] + beta[s + d])
+                    x[d, max(0, states - d) :] = -math.inf
+                _sums(x, high, mass, power, bits)
+                for s in range(states):
+                    beta[s] = high[s] + math.log(mass[s]) if mass[s] > 0 else -math.inf
+                _shift(beta)
             for s in range(states):
-                high = max(high, alpha[t, s] + beta[s])
-            for s in range(states):
-                marginals[b, t, s] = math.exp(alpha[t, s] + beta[s] - high)
-                mass += marginals[b, t, s]
-            for s in range(states):
-                marginals[b, t, s] /= mass
-            if t == 0:
+                p[s] = alpha[t, s] + beta[s]
+            peak = _shift(p)
+            if peak == -math.inf:
+                log_z[b] = -math.inf
+                break
+            _exponentials(p, power, bits, states)
+            here = p.sum()
+            if t == n - 1:
+                log_z[b] = total + peak + math.log(here)
+            if not keep:
                 break
             for s in range(states):
-                g[s] = emissions[b, t, s] + beta[s]
-            high, mass = -math.inf, 0.0
-            for s in range(states):
-                for d in range(min(moves, s + 1)):
-                    pairs[d, s] = alpha[t - 1, s - d] + moved[d, s] + g[s]
-                    high = max(high, pairs[d, s])
-            for s in range(states):
-                for d in range(min(moves, s + 1)):
-                    pairs[d, s] = math.exp(pairs[d, s] - high)
-                    mass += pairs[d, s]
-            for s in range(states):
-                for d in range(min(moves, s + 1)):
-                    arrivals[b, d, s] += pairs[d, s] / mass
-            for s in range(states):
-                high, mass = -math.inf, 0.0
-                for d in range(min(moves, states - s)):
-                    high = max(high, moved[d, s + d] + g[s + d])
-                if high > -math.inf:
-                    for d in range(min(moves, states - s)):
-                        mass += math.exp(moved[d, s + d] + g[s + d] - high)
-                beta[s] = high + math.log(mass) if mass > 0 else -math.inf
-            _shift(beta)
+                p[s] /= here
+                marginals[b, t, s] = p[s]
+            if t < n - 1:
+                for d in range(moves):
+                    for s in range(states - d):
+                        if x[d, s] > 0.0:
+                            arrivals[b, d, s + d] += p[s] * (x[d, s] / mass[s])
 
 
 @compiled()
@@ -381,10 +439,14 @@ def sample(emissions, steps, start, end, lengths, uniforms, paths, first, step):
     rows, longest, states = emissions.shape
     moves = steps.shape[1]
     alpha, weights = np.empty((longest, states)), np.empty(max(states, moves))
+    x, high_of, mass_of = np.empty((moves, states)), np.empty(states), np.empty(states)
+    power = np.empty(moves * states)
+    bits = power.view(np.int64)
     for b in range(first, rows, step):
         n = lengths[b]
         moved, to_end = steps[b if steps.shape[0] > 1 else 0], end[b if end.shape[0] > 1 else 0]
-        total = _forward_logs(emissions[b], moved, start[b if start.shape[0] > 1 else 0], n, alpha)
+        from_start = start[b if start.shape[0] > 1 else 0]
+        total = _forward_logs(emissions[b], moved, from_start, n, alpha, x, high_of, mass_of, power, bits)
         high = -math.inf
         if total > -math.inf:
             for s in range(states):
