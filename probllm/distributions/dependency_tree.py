@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from probllm.distributions.inside import InsideDistribution
+from probllm.math.eisner import heads_of
 from probllm.math.masks import mask_from_lengths
 
 
@@ -61,8 +62,7 @@ class DependencyTreeLaw(InsideDistribution):
         return type(self)(arcs, arcs.diagonal(0, -2, -1), self.single_root, self.lengths)
 
     def _structure(self, used: dict[str, Tensor]) -> Tensor:
-        head = used["arcs"].argmax(-2)
-        return self._real(torch.where(head == torch.arange(head.shape[-1], device=head.device), 0, head + 1))
+        return self._real(heads_of(used["arcs"]))
 
     def _greatest(self) -> int:
         return int(self.parts["arcs"].shape[-1])

@@ -7,12 +7,15 @@ Eisner (1996), "Three new probabilistic models for dependency parsing". See ``pr
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from probllm.distributions.dependency_tree import DependencyTreeLaw
 from probllm.math import eisner
+from probllm.math.tree_search import search_trees
 
 
 class ProjectiveDependencyTree(DependencyTreeLaw):
@@ -43,3 +46,16 @@ class ProjectiveDependencyTree(DependencyTreeLaw):
     ) -> None:
         super().__init__(arcs, root, single_root, lengths, validate_args)
         self._recursion = eisner.ONE_ROOT if self.single_root else eisner.MANY_ROOTS
+
+    def _best(self) -> Tensor:
+        scores = self._flat("arcs", False)
+        search = partial(eisner.best_trees, single_root=self.single_root)
+        found = search_trees(search, scores, self._flat_lengths(), scores.new_empty(1, scores.shape[0]))
+        return found.reshape(*self._own_shape, *self.event_shape)
+
+    def _draw(self, n: int) -> Tensor:
+        scores = self._flat("arcs", False)
+        search = partial(eisner.sample_trees, single_root=self.single_root)
+        seeds = torch.randint(-(2**63), 2**63 - 1, (n, scores.shape[0]))
+        found = search_trees(search, scores, self._flat_lengths(), seeds)
+        return found.reshape(n, *self._own_shape, *self.event_shape)

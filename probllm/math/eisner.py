@@ -13,12 +13,19 @@ parsing algorithms"): T^3 sums, and each tree is derived once.
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from probllm.math.kernels import eisner as kernels
+from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
-from probllm.math.semirings import Semiring
+from probllm.math.semirings import LOG, SAMPLING, Semiring
+
+DRAWS_AT_ONCE = 64  # samples in one run of the recursion in torch operations
 
 
 def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor, single_root: bool) -> Tensor:
@@ -78,12 +85,101 @@ def _many_roots(semiring: Semiring, root: Tensor, left_end: Tensor, right_end: T
     return done[..., 1:]
 
 
-def _inside_one(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
-    return inside(semiring, parts, lengths, True)
+def _scaled(arcs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[B, T, T]``, at most 1 and so that sums over trees stay below e^250, and the logs taken out ``[B]``.
+
+    Of n words there are fewer than 6.75^n trees: C(3n, n) / (2n + 1).
+    """
+    real = torch.arange(arcs.shape[-1]) < lengths.unsqueeze(-1)
+    scores = arcs.detach().double().masked_fill(~(real.unsqueeze(-1) & real.unsqueeze(-2)), -math.inf)
+    peak = scores.amax(-2)
+    peak = torch.where(peak == -math.inf, 0.0, peak)
+    peak += torch.where(real, (math.log(6.75) - 250.0 / lengths).clamp_min(0.0).unsqueeze(-1), 0.0)
+    return scores.sub_(peak.unsqueeze(-2)).exp_(), peak.sum(-1)
 
 
-def _inside_many(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
-    return inside(semiring, parts, lengths, False)
+def _forward(
+    parts: tuple[Tensor, ...], lengths: Tensor, keep: bool, *, single_root: bool
+) -> tuple[Tensor, Tensor | None]:
+    """log Z ``[B]`` and, if they are kept, the marginals ``[B, T, T]``."""
+    (arcs,) = parts
+    rows, words = len(lengths), arcs.shape[-1]
+    arcs = arcs.expand(rows, words, words)
+    weights, taken = _scaled(arcs, lengths)
+    log_z, good = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.bool)
+    marginals = torch.zeros(rows if keep else 0, words, words, dtype=torch.float64)
+    n = lengths.long().contiguous().numpy()
+    arguments = (weights.numpy(), n, single_root, keep, log_z.numpy(), marginals.numpy(), good.numpy())
+    run_shares(kernels.sums, arguments, rows, (0.8 if keep else 0.3) * rows * words**3)
+    total = log_z + taken
+    if not bool(good.all()):  # something ranges too widely: in log space
+        found, used = _by_gradient(LOG, arcs.detach()[~good].double(), lengths[~good], single_root)
+        total[~good] = found
+        if keep:
+            marginals[~good] = used
+    return total, marginals if keep else None
 
 
-ONE_ROOT, MANY_ROOTS = Recursion(_inside_one), Recursion(_inside_many)
+def _by_gradient(semiring: Semiring, arcs: Tensor, lengths: Tensor, single_root: bool) -> tuple[Tensor, Tensor]:
+    """The semiring's sum ``[*lead]`` and its gradient in the arcs, by the recursion in torch operations."""
+    with torch.enable_grad():
+        leaf = arcs.detach().requires_grad_()
+        value = inside(semiring, (semiring.lift(leaf),), lengths, single_root).squeeze(0)
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+def _backward(kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    return (kept * weights[:, None, None],)
+
+
+def best_trees(scores: Tensor, lengths: Tensor, extra: Tensor, *, single_root: bool) -> Tensor:
+    """The best tree's heads ``[1, B, T]``: 0 at padding, -1 where no tree is allowed.
+
+    Args:
+        scores: ``[B, T, T]`` float64 on the CPU, the roots' on the diagonal.
+        lengths: ``[B]`` long.
+        extra: ``[1, B]``, and does not count.
+    """
+    rows, words = len(lengths), scores.shape[-1]
+    heads, possible = torch.zeros(rows, words, dtype=torch.long), torch.empty(rows, dtype=torch.bool)
+    arguments = (scores.numpy(), lengths.numpy(), single_root, heads.numpy(), possible.numpy())
+    run_shares(kernels.viterbi, arguments, rows, 0.3 * rows * words**3)
+    return torch.where(possible.unsqueeze(-1), heads, -1).unsqueeze(0)
+
+
+def sample_trees(scores: Tensor, lengths: Tensor, seeds: Tensor, *, single_root: bool) -> Tensor:
+    """Exact samples of heads ``[N, B, T]``: 0 at padding, -1 where no tree is allowed.
+
+    Args:
+        scores, lengths: as for ``best_trees``.
+        seeds: ``[N, B]`` long, one for each sample.
+    """
+    count, rows, words = len(seeds), len(lengths), scores.shape[-1]
+    weights, _ = _scaled(scores, lengths)
+    heads, good = torch.zeros(count, rows, words, dtype=torch.long), torch.empty(rows, dtype=torch.bool)
+    arguments = (weights.numpy(), lengths.numpy(), single_root, seeds.numpy(), heads.numpy(), good.numpy())
+    run_shares(kernels.sample, arguments, rows, 0.3 * rows * words**3 + 2.0 * count * rows * words**2)
+    if not bool(good.all()):
+        wide, sizes = scores[~good], lengths[~good]
+        for one in range(0, count, DRAWS_AT_ONCE):
+            draws = heads[one : one + DRAWS_AT_ONCE]
+            copies = wide.expand(len(draws), *wide.shape)
+            value, used = _by_gradient(SAMPLING, copies, sizes, single_root)
+            draws[:, ~good] = torch.where((value == -math.inf).unsqueeze(-1), -1, heads_of(used))
+    return heads
+
+
+def heads_of(used: Tensor) -> Tensor:
+    """Heads ``[..., T]`` of trees whose arcs are 1 in ``[..., T, T]``, the roots' on the diagonal; not at padding."""
+    row = used.argmax(-2)
+    return torch.where(row == torch.arange(row.shape[-1], device=row.device), 0, row + 1)
+
+
+def _inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor, *, single_root: bool) -> Tensor:
+    return inside(semiring, parts, lengths, single_root)
+
+
+ONE_ROOT, MANY_ROOTS = (
+    Recursion(partial(_inside, single_root=single), partial(_forward, single_root=single), _backward)
+    for single in (True, False)
+)

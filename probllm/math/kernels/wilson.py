@@ -16,19 +16,7 @@ import math
 import numpy as np
 
 from probllm.math.kernels.compiled import compiled
-
-_GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_30, _27, _31, _11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
-
-
-@compiled()
-def _uniform(state):  # type: ignore[no-untyped-def]
-    """The next number in [0, 1) of a generator (splitmix64) whose state [1] is uint64."""
-    state[0] += _GOLDEN
-    z = state[0]
-    z = (z ^ (z >> _30)) * _FIRST
-    z = (z ^ (z >> _27)) * _SECOND
-    return np.float64((z ^ (z >> _31)) >> _11) * 2.0**-53
+from probllm.math.kernels.splitmix import uniform
 
 
 @compiled()
@@ -42,7 +30,7 @@ def _pick(logs, count, state):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(count):
         total += math.exp(logs[i] - high)
-    left, found = _uniform(state) * total, 0
+    left, found = uniform(state) * total, 0
     for i in range(count):
         mass = math.exp(logs[i] - high)
         if mass > 0.0:
@@ -77,7 +65,7 @@ def _walk(sums, n, root, budget, state, heads):  # type: ignore[no-untyped-def]
             if budget == 0:
                 return False
             budget -= 1
-            u = _uniform(state) * sums[x, n]
+            u = uniform(state) * sums[x, n]
             heads[x] = np.searchsorted(sums[x, : n + 1], u, "right")  # never one of weight 0
             if heads[x] == n:
                 heads[x] = -1
@@ -195,7 +183,7 @@ def sample(scores, lengths, single, roots, seeds, patience, heads, first, step):
             state[0] = np.uint64(seeds[m, b])
             root = -1
             if single:
-                root = np.searchsorted(running[:n], _uniform(state) * running[n - 1], "right")
+                root = np.searchsorted(running[:n], uniform(state) * running[n - 1], "right")
             if not _walk(sums, n, root, patience * n * n, state, found):
                 _word_by_word(table, n, root, state, found)
             for d in range(n):

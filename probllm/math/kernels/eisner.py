@@ -1,0 +1,204 @@
+"""Eisner's recursion over projective dependency trees, compiled: see ``probllm.math.eisner``.
+
+Spans i..j stand in six tables, so that every sum runs along two rows:
+
+    right [i, j], right_end [j, i]: headed by i;    left [i, j], left_end [j, i]: headed by j
+    ahead [i, j]: i is the head of j, which ends there;    back [j, i]: j is the head of i, which starts there
+
+log Z and marginals run in probability space, from weights of at most 1; a row whose sum comes out tiny is for the
+caller to do otherwise. The best tree runs over scores. Kernels do the rows first, first + step, ...
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from probllm.math.kernels.compiled import compiled
+from probllm.math.kernels.rows import LANES, dot, highest, spread
+from probllm.math.kernels.splitmix import uniform
+
+# no sum of weights is above e^250 (see the caller), so what underflow loses is less than 1e-308 * 1e109 * T^3
+TINY = 1e-150
+
+
+@compiled(error_model="numpy")
+def _tables(words):  # type: ignore[no-untyped-def]
+    """Six tables, and one of two rows, wide enough for whole vectors."""
+    width = words + LANES
+    return np.empty((6, words, width)), np.empty((2, width))
+
+
+@compiled(error_model="numpy")
+def _inside(arcs, n, tables):  # type: ignore[no-untyped-def]
+    """Fills the tables of spans from weights [T, T] of head and dependent."""
+    tables[:, :n] = 0.0  # beyond a span in its row, where whole vectors reach
+    wide = tables.shape[2]
+    right, right_end, left, left_end, ahead, back = tables
+    for j in range(n):
+        right[j, j] = right_end[j, j] = left[j, j] = left_end[j, j] = 1.0
+        for i in range(j - 1, -1, -1):
+            w = j - i
+            gap = dot(right, i * wide + i, left_end, j * wide + i + 1, w)
+            ahead[i, j] = arcs[i, j] * gap
+            back[j, i] = arcs[j, i] * gap
+            right[i, j] = right_end[j, i] = dot(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w)
+            left[i, j] = left_end[j, i] = dot(left, i * wide + i, back, j * wide + i, w)
+
+
+@compiled(error_model="numpy")
+def _under_root(arcs, n, single, tables, under):  # type: ignore[no-untyped-def]
+    """The sum over all trees. under [2, T + 1]: over those of the first words; with a word as the last child."""
+    right_end, left, left_end = tables[1], tables[2], tables[3]
+    wide = tables.shape[2]
+    under[:] = 0.0
+    under[0, 0] = 1.0
+    for r in range(n):
+        under[1, r] = arcs[r, r] * (left[0, r] if single else dot(under, 0, left_end, r * wide, r + 1))
+        under[0, r + 1] = dot(under, wide, right_end, r * wide, r + 1)
+    return under[0, n]
+
+
+@compiled(error_model="numpy")
+def sums(arcs, lengths, single, keep, log_z, marginals, good, first, step):  # type: ignore[no-untyped-def]
+    """log_z [B] of weights arcs [B, T, T], the roots' on the diagonal; marginals alike, 0 on entry, if ``keep``."""
+    rows, words, _ = arcs.shape
+    tables, under = _tables(words)
+    slopes, d_under = _tables(words)  # beyond a span they are written to and not read
+    wide = tables.shape[2]
+    right, right_end, left, left_end, ahead, back = tables
+    d_right, d_right_end, d_left, d_left_end, d_ahead, d_back = slopes
+    for b in range(first, rows, step):
+        n = lengths[b]
+        _inside(arcs[b], n, tables)
+        total = _under_root(arcs[b], n, single, tables, under)
+        good[b] = total >= TINY
+        if not good[b]:
+            continue
+        log_z[b] = math.log(total)
+        if not keep:
+            continue
+        out = marginals[b]
+        slopes[:, :n], d_under[:] = 0.0, 0.0
+        d_under[0, n] = 1.0 / total
+        for r in range(n - 1, -1, -1):
+            spread(d_under[0, r + 1], under, d_under, wide, right_end, d_right_end, r * wide, r + 1)
+            out[r, r] = d_under[1, r] * under[1, r]
+            slope = d_under[1, r] * arcs[b, r, r]
+            if single:
+                d_left[0, r] += slope
+            else:
+                spread(slope, under, d_under, 0, left_end, d_left_end, r * wide, r + 1)
+        for j in range(n - 1, -1, -1):
+            for i in range(j):
+                w = j - i
+                slope = d_right[i, j] + d_right_end[j, i]
+                spread(slope, ahead, d_ahead, i * wide + i + 1, right_end, d_right_end, j * wide + i + 1, w)
+                slope = d_left[i, j] + d_left_end[j, i]
+                spread(slope, left, d_left, i * wide + i, back, d_back, j * wide + i, w)
+                out[i, j] = d_ahead[i, j] * ahead[i, j]
+                out[j, i] = d_back[j, i] * back[j, i]
+                slope = d_ahead[i, j] * arcs[b, i, j] + d_back[j, i] * arcs[b, j, i]
+                spread(slope, right, d_right, i * wide + i, left_end, d_left_end, j * wide + i + 1, w)
+
+
+@compiled(error_model="numpy")
+def _choose(x, i, a, y, j, b, n, state, drawn):  # type: ignore[no-untyped-def]
+    """Which k < n: drawn by x[i, a + k] y[j, b + k], or that of the highest x[i, a + k] + y[j, b + k]."""
+    found, high, wide = 0, -math.inf, x.shape[1]
+    if not drawn:
+        for k in range(n):
+            s = x[i, a + k] + y[j, b + k]
+            if s > high:
+                found, high = k, s
+        return found
+    left = uniform(state) * dot(x, i * wide + a, y, j * wide + b, n)
+    for k in range(n):
+        p = x[i, a + k] * y[j, b + k]
+        if p > 0.0:
+            found = k
+            left -= p
+            if left < 0.0:
+                break
+    return found
+
+
+@compiled(error_model="numpy")
+def _read(n, single, tables, under, todo, state, drawn, heads):  # type: ignore[no-untyped-def]
+    """Writes the heads [n] of one tree, a sum's term being chosen at each span."""
+    right, right_end, left, left_end, ahead, back = tables
+    size, end = 0, n
+    while end > 0:
+        r = _choose(under, 1, 0, right_end, end - 1, 0, end, state, drawn)
+        heads[r] = 0
+        start = 0 if single else _choose(under, 0, 0, left_end, r, 0, r + 1, state, drawn)
+        todo[size] = r, end - 1, 1
+        todo[size + 1] = start, r, 0
+        size += 2
+        end = start
+    while size > 0:
+        size -= 1
+        i, j, to_right = todo[size]
+        if i == j:
+            continue
+        if to_right == 1:
+            k = i + 1 + _choose(ahead, i, i + 1, right_end, j, i + 1, j - i, state, drawn)
+            heads[k] = i + 1
+            todo[size] = k, j, 1
+            low, high = i, k
+        else:
+            k = i + _choose(left, i, i, back, j, i, j - i, state, drawn)
+            heads[k] = j + 1
+            todo[size] = i, k, 0
+            low, high = k, j
+        m = low + _choose(right, low, low, left_end, high, low + 1, high - low, state, drawn)
+        todo[size + 1] = low, m, 1
+        todo[size + 2] = m + 1, high, 0
+        size += 3
+
+
+@compiled(error_model="numpy")
+def sample(arcs, lengths, single, seeds, heads, good, first, step):  # type: ignore[no-untyped-def]
+    """heads [M, B, T], 0 on entry, drawn from weights as ``sums`` takes them; seeds [M, B]."""
+    draws, rows, words = heads.shape
+    tables, under = _tables(words)
+    todo, state = np.empty((4 * words + 4, 3), np.int64), np.empty(1, np.uint64)
+    for b in range(first, rows, step):
+        n = lengths[b]
+        _inside(arcs[b], n, tables)
+        good[b] = _under_root(arcs[b], n, single, tables, under) >= TINY
+        if good[b]:
+            for m in range(draws):
+                state[0] = np.uint64(seeds[m, b])
+                _read(n, single, tables, under, todo, state, True, heads[m, b])
+
+
+@compiled(error_model="numpy")
+def viterbi(scores, lengths, single, heads, possible, first, step):  # type: ignore[no-untyped-def]
+    """heads [B, T], 0 on entry: a tree of the highest score, by scores [B, T, T]; left alone where none is possible."""
+    rows, words, _ = scores.shape
+    tables, under = _tables(words)
+    todo, state = np.empty((4 * words + 4, 3), np.int64), np.empty(1, np.uint64)
+    right, right_end, left, left_end, ahead, back = tables
+    wide = tables.shape[2]
+    for b in range(first, rows, step):
+        n = lengths[b]
+        tables[:, :n], under[:] = -math.inf, -math.inf
+        under[0, 0] = 0.0
+        for j in range(n):
+            right[j, j] = right_end[j, j] = left[j, j] = left_end[j, j] = 0.0
+            for i in range(j - 1, -1, -1):
+                w = j - i
+                gap = highest(right, i * wide + i, left_end, j * wide + i + 1, w)
+                ahead[i, j] = scores[b, i, j] + gap
+                back[j, i] = scores[b, j, i] + gap
+                right[i, j] = right_end[j, i] = highest(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w)
+                left[i, j] = left_end[j, i] = highest(left, i * wide + i, back, j * wide + i, w)
+        for r in range(n):
+            start = left[0, r] if single else highest(under, 0, left_end, r * wide, r + 1)
+            under[1, r] = scores[b, r, r] + start
+            under[0, r + 1] = highest(under, wide, right_end, r * wide, r + 1)
+        possible[b] = under[0, n] > -math.inf
+        if possible[b]:
+            _read(n, single, tables, under, todo, state, False, heads[b])
