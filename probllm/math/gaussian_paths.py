@@ -33,22 +33,21 @@ def filter_moments(chain: Chain, lengths: Tensor | None, observed: Tensor | None
     """
     flat, sizes, shape = flatten(chain, lengths, observed)
     mean, covariance, log_p = _found(_filter_kernel, _filter_twin, flat, sizes)
-    return mean.unflatten(0, shape), covariance.unflatten(0, shape), log_p.unflatten(0, shape)
+    return _shaped(mean, shape), _shaped(covariance, shape), _shaped(log_p, shape)
 
 
 @untraced
 def smooth(chain: Chain, lengths: Tensor | None, observed: Tensor | None) -> Smoothed:
     """Moments of the states given all observations, float64; 0 on padding."""
     flat, sizes, shape = flatten(chain, lengths, observed)
-    return Smoothed(*(x.unflatten(0, shape) for x in _found(_smooth_kernel, _smooth_twin, flat, sizes)))
+    return Smoothed(*(_shaped(x, shape) for x in _found(_smooth_kernel, _smooth_twin, flat, sizes)))
 
 
 @untraced
 def smooth_means(chain: Chain, lengths: Tensor | None, observed: Tensor | None) -> Tensor:
     """Means ``[..., T, d]`` of the states given all observations, float64; 0 on padding."""
     flat, sizes, shape = flatten(chain, lengths, observed)
-    mean: Tensor = _found(_means_kernel, _means_twin, flat, sizes)[0].unflatten(0, shape)
-    return mean
+    return _shaped(_found(_means_kernel, _means_twin, flat, sizes)[0], shape)
 
 
 @untraced
@@ -119,6 +118,10 @@ class _Recurrence(torch.autograd.Function):
         folded = fold(n, rows, in_dims[0], transition), fold(n, rows, in_dims[1], pushes, own=True)
         states: Tensor = _Recurrence.apply(*folded)  # type: ignore[no-untyped-call]
         return states.unflatten(0, (n, rows)), 0
+
+
+def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    return x.reshape(*shape, *x.shape[1:])
 
 
 def _found(kernel: Callable[..., Scores], twin: Callable[..., Scores], chain: Chain, sizes: Tensor) -> Scores:

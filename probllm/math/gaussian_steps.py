@@ -143,3 +143,40 @@ def at_step(x: Tensor, t: int, dims: int) -> Tensor:
     """Step t of a part with ``dims`` dimensions an event, time first."""
     at = x.dim() - dims
     return x.select(at, t if x.shape[at] > 1 else 0)
+
+
+def root(covariance: Tensor) -> Tensor:
+    """A matrix ``[..., d, d]`` with root' root = covariance, which may be singular; differentiable, never NaN."""
+    factor, regular = safe_cholesky(covariance)
+    if not is_wrapped(regular) and bool(regular.all()):
+        return factor.mT
+    n = covariance.shape[-1]
+    limit = ROUNDING * n * covariance.detach().diagonal(dim1=-2, dim2=-1)
+    columns, rest = [], covariance
+    for j in range(n):  # Cholesky, where a variable of which nothing is left adds nothing
+        left = rest[..., j, j] > limit[..., j]
+        pivot = torch.where(left, rest[..., j, j], torch.ones_like(rest[..., j, j]))
+        column = torch.where(
+            left.unsqueeze(-1), rest[..., j] / pivot.sqrt().unsqueeze(-1), torch.zeros_like(rest[..., j])
+        )
+        columns.append(column)
+        rest = rest - column.unsqueeze(-1) * column.unsqueeze(-2)
+    return torch.stack(columns, -2)
+
+
+def normal_log_density(residual: Tensor, covariance: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Log density ``[...]`` of N(0, covariance) at ``residual [..., n]``; -inf where the covariance is singular.
+
+    Entries where ``seen [..., n]`` is False are integrated out.
+    """
+    count = torch.as_tensor(float(residual.shape[-1]), dtype=residual.dtype, device=residual.device)
+    if seen is not None:
+        one = seen.to(residual.dtype)
+        residual = torch.where(seen, residual, torch.zeros_like(residual))
+        covariance = covariance * (one.unsqueeze(-1) * one.unsqueeze(-2)) + torch.diag_embed(1 - one)
+        count = one.sum(-1)
+    factor, regular = safe_cholesky(covariance)
+    white = torch.linalg.solve_triangular(factor, residual.unsqueeze(-1), upper=False).squeeze(-1)
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    density = -0.5 * (white.square().sum(-1) + count * math.log(2 * math.pi)) - log_det
+    return torch.where(regular, density, torch.full_like(density, -math.inf))
