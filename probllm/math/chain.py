@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from probllm.math import chain_torch
-from probllm.math.chain_passes import Pass, forward_backward
+from probllm.math.chain_passes import Pass
+from probllm.math.chain_passes import forward as forward_pass
 from probllm.math.untraced import untraced
 
 
@@ -168,8 +169,8 @@ def log_partition(
     Source: Lafferty, McCallum and Pereira (2001); scaled recursion as in Rabiner (1989), section V.A.
     """
     chain = as_chain(emissions, transitions, start, end, lengths)
-    log_z = chain_log_partition(chain)
-    return log_z.view(chain.batch_shape).to(emissions.dtype)
+    log_z = chain_log_partition(chain, emissions.dtype)
+    return log_z if log_z.shape == chain.batch_shape else log_z.view(chain.batch_shape)
 
 
 def marginals(
@@ -186,14 +187,18 @@ def marginals(
 
 
 @untraced
-def chain_log_partition(chain: Chain) -> Tensor:
-    """``log_partition`` of scores already in shape: ``[B]`` float64, so that log probabilities are rounded last."""
+def chain_log_partition(chain: Chain, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``log_partition`` of scores already in shape: ``[B]``, in float64 so that log probabilities are rounded last."""
     if chain.emissions.device.type != "cpu":
-        return chain_torch.log_partition(*chain[:5]).double()
+        return chain_torch.log_partition(*chain[:5]).to(dtype)
     if not chain.emissions.shape[0]:  # an empty batch: nothing, with gradients
         nothing = chain.emissions.sum((-1, -2)) + (chain.start + chain.end).sum(-1) + chain.transitions.sum()
-        return nothing.double()
-    result: Tensor = _LogPartition.apply(*chain[:5], [])  # type: ignore[no-untyped-call]
+        return nothing.to(dtype)
+    if torch._C._are_functorch_transforms_active():
+        result: Tensor = _LogPartition.apply(*chain[:5], dtype, None)  # type: ignore[no-untyped-call]
+        return result
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in chain[:4])
+    result = _PlainLogPartition.apply(*chain[:5], dtype, [] if wanted else None)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -221,25 +226,24 @@ def _at_ends(tags: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return tags[:, 0], tags.gather(1, last).squeeze(1)
 
 
-class _LogPartition(torch.autograd.Function):
-    """log Z of scores in the shape of ``Chain``; ``box`` carries the compiled pass from forward to backward."""
+def _log_z(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    lengths: Tensor,
+    dtype: torch.dtype,
+    box: list[Pass] | None,
+) -> Tensor:
+    done = forward_pass(emissions, transitions, start, end, lengths, keep=box is not None)
+    if box is not None:
+        box.append(done)
+    # what is returned must not be what the box holds: the graph would hold itself alive
+    return done.log_z.to(dtype, copy=True)
 
-    @staticmethod
-    def forward(
-        emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor, box: list[Pass]
-    ) -> Tensor:
-        wanted = any(x.requires_grad for x in (emissions, transitions, start, end))
-        done = forward_backward(emissions, transitions, start, end, lengths, backward=2 if wanted else 0)
-        if wanted:
-            box.append(done)
-        # what is returned must not be what the box holds: the graph would hold itself alive
-        return done.log_z.clone()
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.save_for_forward(*inputs[:5])
-        ctx.box = inputs[5]
+class _LogPartitionRules(torch.autograd.Function):
+    """The derivatives of log Z; ``ctx.box`` carries the compiled pass from the way forward to the way back."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,16 +251,12 @@ class _LogPartition(torch.autograd.Function):
         grad = grad.to(emissions.dtype)
         if torch.is_grad_enabled() or not ctx.box:  # someone will differentiate what this returns
             tags, pairs, first, last = _expectations(grad, emissions, transitions, start, end, lengths)
-            return tags, pairs, first, last, None, None
-        done = ctx.box[0]
-        by_pair = done.pairs(grad) if ctx.needs_input_grad[1] else None
-        if not any(ctx.needs_input_grad[i] for i in (0, 2, 3)):
-            return None, by_pair, None, None, None, None
-        by_tag = done.tags(grad)
-        if not any(ctx.needs_input_grad[2:4]):
-            return by_tag, by_pair, None, None, None, None
-        first, last = _at_ends(by_tag, lengths)
-        return by_tag, by_pair, first.clone(), last, None, None  # no gradient is a view of another
+            return tags, pairs, first, last, None, None, None
+        tags, pairs = ctx.box[0].expectations(grad)
+        if not (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
+            return tags, pairs, None, None, None, None, None
+        first, last = _at_ends(tags, lengths)
+        return tags, pairs, first.clone(), last, None, None, None  # no gradient is a view of another
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -271,13 +271,39 @@ class _LogPartition(torch.autograd.Function):
         for part, tangent in ((first, tangents[2]), (last, tangents[3])):
             if tangent is not None:
                 change = change + (part * tangent).sum(-1)
-        widened: Tensor = change.double()
+        widened: Tensor = change.to(ctx.dtype)
         return widened
+
+
+class _PlainLogPartition(_LogPartitionRules):
+    """log Z of scores in the shape of ``Chain``, outside of ``torch.func``: without the binding of every call's
+    arguments to a signature, which costs as much as the recursion of a small chain."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+        ctx.dtype, ctx.box = inputs[5:]
+        return _log_z(*inputs)
+
+
+class _LogPartition(_LogPartitionRules):
+    """The same for ``torch.func``."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _log_z(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+        ctx.dtype, ctx.box = inputs[5:]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         scores = fold(info.batch_size, in_dims[:5], inputs[:5])
-        result = _LogPartition.apply(*scores, [])  # type: ignore[no-untyped-call]
+        result = _LogPartition.apply(*scores, *inputs[5:])  # type: ignore[no-untyped-call]
         return result.view(info.batch_size, -1), 0
 
 
@@ -288,10 +314,9 @@ class _Expectations(torch.autograd.Function):
     def forward(
         weights: Tensor, emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor
     ) -> tuple[Tensor, ...]:
-        done = forward_backward(emissions, transitions, start, end, lengths, backward=2)
-        tags = done.tags(weights)
+        tags, pairs = forward_pass(emissions, transitions, start, end, lengths).expectations(weights)
         first, last = _at_ends(tags, lengths)
-        return tags, done.pairs(weights), first.clone(), last
+        return tags, pairs, first.clone(), last
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from probllm.math import chain_torch
 from probllm.math.chain import Chain, as_chain, fold
-from probllm.math.chain_passes import forward_backward
+from probllm.math.chain_passes import forward as forward_pass
 from probllm.math.kernels import chain_paths as kernels
-from probllm.math.kernels.chain_scaled import BROKEN
+from probllm.math.kernels.exponentials import BROKEN
 from probllm.math.kernels.threads import run_shares
 from probllm.math.kernels.vectors import padded
 from probllm.math.untraced import untraced
@@ -212,23 +212,19 @@ def _sample(chain: Chain, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         return chain_torch.sample_paths(*chain[:5], uniforms), no_scores
     if not rows:
         return uniforms.long(), no_scores
-    done = forward_backward(*chain[:5], backward=1)
-    paths = torch.full((n, rows, steps), -1, dtype=torch.long)
-    parts = [(part.rows, part.good, part.alpha, part.back, False) for part in done.scaled]
-    if done.log is not None:
-        possible = torch.isfinite(done.log_z[done.log.rows])
-        back = done.log.back
-        if back.shape[0] > 1:
-            back = back[done.log.rows // (rows // back.shape[0])]
-        parts.append((done.log.rows, possible, done.log.alpha, back, True))
+    done = forward_pass(*chain[:5])
+    paths = np.full((n, rows, steps), -1, np.int64)
+    numbers, lengths = uniforms.contiguous().numpy(), chain.lengths.contiguous().numpy()
+    parts = [(part.rows, part.flags == 0, part.alpha, part.tables.back, False) for part in done.scaled]
+    if done.left is not None:
+        log = done.in_log_space(done.left, 1)
+        back = log.back if len(log.back) == 1 else log.back[done.left // (rows // len(log.back))]
+        parts.append((done.left, log.log_z > -np.inf, log.alpha, back, True))
     for which, good, alpha, back, logarithms in parts:
-        here = paths if which is None else paths[:, which].contiguous()
-        numbers = uniforms if which is None else uniforms[:, which].contiguous()
-        lengths = chain.lengths if which is None else chain.lengths[which]
-        chosen = torch.ones(lengths.shape[0], dtype=torch.bool) if good is None else good
-        given = (x.contiguous().numpy() for x in (alpha, back, lengths, chosen, numbers))
-        arguments = (*given, here.numpy(), logarithms)
-        run_shares(kernels.sample, arguments, lengths.shape[0], 4.5 * n * rows * steps * chain.emissions.shape[2])
+        at = slice(None) if which is None else which
+        here = np.ascontiguousarray(paths[:, at])
+        arguments = (alpha, back, lengths[at], good, np.ascontiguousarray(numbers[:, at]), here, logarithms)
+        run_shares(kernels.sample, arguments, len(good), 4.5 * n * rows * steps * chain.emissions.shape[2])
         if which is not None:
-            paths[:, which[chosen]] = here[:, chosen]
-    return paths, no_scores
+            paths[:, which[good]] = here[:, good]
+    return torch.from_numpy(paths), no_scores

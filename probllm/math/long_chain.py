@@ -14,11 +14,12 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from probllm.math.chain import Chain, as_chain
-from probllm.math.chain_passes import forward_backward
+from probllm.math.chain_passes import forward as forward_pass
 from probllm.math.chain_torch import safe_logsumexp
 
 ENTRIES = 1 << 19  # scores of a chunk of the default size: some megabytes each, and some ten of them
@@ -159,8 +160,7 @@ def _backward(chain: Chain, size: int, log_z: Tensor, alphas: list[Tensor], weig
     weights = torch.where(log_z > -math.inf, weights, 0.0)
     for i in range(len(alphas) - 1, -1, -1):
         part = _chunk(chain, i * size, size, alphas[i], beta)
-        done = forward_backward(*part[:5], backward=2)
-        tags, pairs = done.tags(weights.to(part.emissions.dtype)), done.pairs(weights.to(part.emissions.dtype))
+        tags, pairs = forward_pass(*part[:5]).expectations(weights.to(part.emissions.dtype))
         skip = 1 if i else 0  # what two chunks share belongs to the earlier one
         yield Part(i * size + skip, tags[:, skip:], pairs)
         if i:
@@ -172,19 +172,20 @@ def _backward(chain: Chain, size: int, log_z: Tensor, alphas: list[Tensor], weig
 def _last_alpha(chain: Chain) -> Tensor:
     """log sum of exp(score) over the sequences that end in each tag, ``[B, K]`` float64; end scores do not count."""
     rows, _, k = chain.emissions.shape
-    done = forward_backward(*chain[:3], torch.zeros_like(chain.end), chain.lengths, backward=1)
+    done = forward_pass(*chain[:3], torch.zeros_like(chain.end), chain.lengths)
+    lengths = chain.lengths.numpy()
     result = torch.full((rows, k), -math.inf, dtype=torch.float64)
-    found = [(part.rows, part.good, part.alpha, False) for part in done.scaled]
-    if done.log is not None:
-        found.append((done.log.rows, None, done.log.alpha, True))
+    found = [(part.rows, part.flags == 0, part.alpha, False) for part in done.scaled]
+    if done.left is not None:
+        found.append((done.left, np.ones(len(done.left), bool), done.in_log_space(done.left, 1).alpha, True))
     for which, good, alphas, logarithms in found:
-        index = torch.arange(rows) if which is None else which
-        chosen = torch.arange(len(index)) if good is None else good.nonzero().squeeze(-1)
-        alpha = alphas[chosen, chain.lengths[index[chosen]] - 1, :k].double()
+        chosen = good.nonzero()[0]
+        index = chosen if which is None else which[chosen]
+        alpha = torch.from_numpy(alphas[chosen, lengths[index] - 1, :k]).double()
         alpha = alpha if logarithms else alpha.log()
         total = safe_logsumexp(alpha, -1)
-        scale = done.log_z[index[chosen]] - torch.where(total == -math.inf, 0.0, total)
-        result[index[chosen]] = alpha + scale.unsqueeze(-1)
+        scale = done.log_z[index] - torch.where(total == -math.inf, 0.0, total)
+        result[index] = alpha + scale.unsqueeze(-1)
     return result
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from probllm.math import chain_torch
 from probllm.math.chain import as_chain, log_partition
 from probllm.math.chain_paths import sample, viterbi
+from probllm.math.kernels import exponentials
+from probllm.math.kernels.compiled import compiled
+from probllm.math.kernels.vectors import padded
 
 
 def scores_of(
@@ -159,3 +163,58 @@ def test_samples_and_modes_are_allowed_sequences(case: tuple[list[Tensor], Tenso
         assert bool(((there >= 0) & (there < scores[0].shape[-1])).all())
         padding = torch.arange(steps) >= lengths[log_z > -torch.inf].unsqueeze(-1)
         assert not bool(there[:, padding].any())
+
+
+@compiled()
+def rounded(x, by):  # type: ignore[no-untyped-def]
+    return (x + by) - by
+
+
+@compiled(fastmath={"reassoc", "nsz"})
+def by_a_fast_caller(x, by):  # type: ignore[no-untyped-def]
+    return rounded(x, by)
+
+
+def test_a_strict_kernel_stays_strict_when_a_fast_one_compiles_it_first() -> None:
+    assert by_a_fast_caller(0.3, 1e16) == 0.0
+    assert rounded(0.3, 1e16) == 0.0
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(np.float32, 1e-7), (np.float64, 3e-16)])
+def test_vector_exponential_is_exact_to_the_last_bits(dtype: type, within: float) -> None:
+    x = np.linspace(-80, 80, 4096).astype(dtype)
+    found = x.copy()
+    exponentials.exp_less(found, dtype(0), x.size)
+    assert np.abs(found / np.exp(x.astype(np.longdouble)) - 1).max() < within
+
+
+@given(cases(), st.sampled_from([np.float32, np.float64]))
+def test_exponentials_of_a_row_are_certified_or_refused(case: tuple[list[Tensor], Tensor], dtype: type) -> None:
+    """Both precisions, with and without forbidden scores: what is not refused is exact, padding is 1."""
+    scores, lengths = case
+    emissions, start, end = scores[0][0].numpy(), scores[2].numpy(), scores[3][0].numpy()
+    if emissions.itemsize == 8 and dtype is np.float32:
+        return
+    n, k = int(lengths[0]), emissions.shape[1]
+    width, zeros, most = padded(k), dtype is np.float64, 80.0
+    q = np.empty(emissions.shape[0] * width, dtype)
+    offset, flag = exponentials.exponentials(emissions, start, end, n, most, zeros, width, q, np.empty(4))
+    whole = emissions[:n].astype(np.float64)
+    whole[0] += start
+    whole[-1] += end
+    finite = np.isfinite(whole)
+    base = np.array([row[ok][0] if ok.any() else -np.inf for row, ok in zip(whole, finite, strict=True)])
+    with np.errstate(invalid="ignore"):
+        left = np.where(finite, whole - base[:, None], np.nan)
+    certain = bool(finite.any(1).all()) and (zeros or bool(finite.all()))
+    if not certain:
+        assert flag == exponentials.WIDE
+        return
+    span = np.nanmax(left) - np.nanmin(left)
+    if abs(span - most) > 0.01:  # else rounding decides
+        assert flag == (exponentials.WIDE if span > most else 0)
+    if flag == 0:
+        found = q[: n * width].reshape(n, width)
+        np.testing.assert_allclose(found[:, :k], np.exp(np.where(finite, left, -np.inf)), rtol=1e-4)
+        assert bool((found[finite.all(1), k:] == 1).all())
+        np.testing.assert_allclose(offset, base.sum(), rtol=1e-5, atol=1e-4)

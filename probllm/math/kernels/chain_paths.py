@@ -15,8 +15,8 @@ import math
 
 import numpy as np
 
-from probllm.math.kernels.chain_scaled import BROKEN, extremes, lowest_allowed, row_scores
 from probllm.math.kernels.compiled import compiled
+from probllm.math.kernels.exponentials import BROKEN, extremes, lowest_allowed, row_scores
 from probllm.math.kernels.tiles import best4
 from probllm.math.kernels.vectors import climb, highest_sum
 
@@ -25,7 +25,7 @@ FAR = 1
 SPAN32 = 2000.0
 
 
-@compiled(error_model="numpy")
+@compiled()
 def best(emissions, start, end, lengths, forth, back, order, paths, flags, first, step):  # type: ignore[no-untyped-def]
     """One share of the blocks of four rows.
 
@@ -156,7 +156,7 @@ def k_best(emissions, start, end, lengths, back, n_best, paths, scores, first, s
                 path[t - 1] = tag
 
 
-@compiled(error_model="numpy")
+@compiled()
 def sample(alpha, back, lengths, good, uniforms, paths, logarithms, first, step):  # type: ignore[no-untyped-def]
     """Exact samples of one share of the rows, from what the forward recursion left behind.
 

@@ -36,7 +36,12 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: ``njit(nogil=True, **options)``, compiled when first called, cached if a folder can be written."""
+    """A decorator: ``njit(nogil=True, **options)``, compiled when first called, cached if a folder can be written.
+
+    Arithmetic is strict where ``fastmath`` is not given, and a division by zero is no error.
+    """
+    # numba lets a function inherit what it does not set from the caller that first compiles it, and caches that
+    options = {"fastmath": False, "error_model": "numpy", **options}
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = njit(nogil=True, **options)(function)

@@ -30,6 +30,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
+def shares_of(pieces: int, nanoseconds: float) -> int:
+    """Into how many shares ``run_shares`` divides such work."""
+    return max(1, min(pieces, torch.get_num_threads())) if nanoseconds > SMALL else 1
+
+
 def run_shares(kernel: Callable[..., None], arguments: tuple[object, ...], pieces: int, nanoseconds: float) -> None:
     """Calls ``kernel(*arguments, first, step)`` once for each share; share i takes pieces i, i + step, i + 2 step, ...
 
@@ -38,8 +43,8 @@ def run_shares(kernel: Callable[..., None], arguments: tuple[object, ...], piece
         nanoseconds: about how long one thread takes for all; what is short stays on the calling thread.
     """
     global _pool
-    shares = min(pieces, torch.get_num_threads()) if nanoseconds > SMALL else 1
-    if shares <= 1:
+    shares = shares_of(pieces, nanoseconds)
+    if shares == 1:
         kernel(*arguments, 0, 1)
         return
     pool = _pool

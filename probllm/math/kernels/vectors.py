@@ -47,6 +47,31 @@ class Emit:
     def load(self, data: Any, index: Any) -> Any:
         return self.builder.load(self._at(data, index), align=self.bytes)
 
+    def load_some(self, data: Any, index: Any, count: Any, other: Any) -> Any:
+        """The vector at ``index``, of which only the first ``count`` entries are read; ``other`` behind them."""
+        builder, lanes, word = self.builder, ir.VectorType(self.integer, self.lanes), ir.IntType(32)
+        counts = builder.insert_element(ir.Constant(lanes, ir.Undefined), count, word(0))
+        counts = builder.shuffle_vector(counts, counts, ir.Constant(ir.VectorType(word, self.lanes), None))
+        mask = builder.icmp_signed("<", ir.Constant(lanes, [self.integer(i) for i in range(self.lanes)]), counts)
+        arguments = [self._at(data, index), word(self.bytes), mask, other]
+        name = f"llvm.masked.load.v{self.lanes}f{self.bytes * 8}.p0"
+        signature = ir.FunctionType(self.vector, [x.type for x in arguments])
+        return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+
+    def store_some(self, value: Any, data: Any, index: Any, count: Any) -> None:
+        """Stores the first ``count`` entries; all of them where there are more. (Masked stores take long.)"""
+        builder = self.builder
+        with builder.if_else(builder.icmp_signed(">=", count, self.integer(self.lanes))) as (whole, some):
+            with whole:
+                self.store(value, data, index)
+            with some:
+                room = cgutils.alloca_once(builder, self.vector)
+                builder.store(value, room)
+                entries = builder.bitcast(room, self.scalar.as_pointer())
+                with cgutils.for_range(builder, count, intp=self.integer) as loop:
+                    entry = builder.load(builder.gep(entries, [loop.index]))
+                    builder.store(entry, builder.gep(data, [builder.add(index, loop.index)]))
+
     def store(self, value: Any, data: Any, index: Any) -> None:
         self.builder.store(value, self._at(data, index), align=self.bytes)
 
@@ -68,10 +93,16 @@ class Emit:
         return variable
 
     def raise_to(self, variable: Any, value: Any) -> None:
-        """variable = max(variable, value); no NaN may come."""
+        """variable = max(variable, value); a NaN is passed over."""
         before = self.builder.load(variable)
-        above = self.builder.fcmp_ordered(">", value, before, flags=("nnan",))
+        above = self.builder.fcmp_ordered(">", value, before)
         self.builder.store(self.builder.select(above, value, before), variable)
+
+    def lower_to(self, variable: Any, value: Any) -> None:
+        """variable = min(variable, value); a NaN is passed over."""
+        before = self.builder.load(variable)
+        below = self.builder.fcmp_ordered("<", value, before)
+        self.builder.store(self.builder.select(below, value, before), variable)
 
     def add_to(self, variable: Any, value: Any) -> None:
         self.builder.store(self.plus(self.builder.load(variable), value), variable)
@@ -83,7 +114,13 @@ class Emit:
         return self.builder.call(function, [self.scalar(0.0), self.builder.load(variable)], fastmath=("reassoc",))
 
     def highest(self, variable: Any) -> Any:
-        name = f"llvm.vector.reduce.fmax.v{self.lanes}f{self.bytes * 8}"
+        return self._extreme(variable, "fmax")
+
+    def lowest(self, variable: Any) -> Any:
+        return self._extreme(variable, "fmin")
+
+    def _extreme(self, variable: Any, which: str) -> Any:
+        name = f"llvm.vector.reduce.{which}.v{self.lanes}f{self.bytes * 8}"
         function = cgutils.get_or_insert_function(
             self.builder.module, ir.FunctionType(self.scalar, [self.vector]), name
         )
