@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from probllm.math.kernels import span_trees as kernels
+from probllm.math.kernels.lanes import LANES
 from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import Semiring
@@ -84,27 +85,34 @@ def within_lengths(lengths: Tensor, size: int) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """What the backward pass needs: P(label | span) ``[B, T, T, K]``, 0 off the row, and P(span) ``[B, T, T]``."""
+    """What the backward pass needs."""
 
-    labels: Tensor
-    marginals: Tensor
+    spans: Any  # [B, T, T K], float32 or float64
+    lengths: Any  # [B]
+    marginals: Any  # [B, T, T], of spans with any label
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
     """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels."""
-    labels, sums, n = _label_sums(scores[0], lengths, keep)
+    spans, sums, n = _label_sums(scores[0], lengths)
     rows, size, _ = sums.shape
     marginals, log_z = np.zeros((rows, size, size) if keep else (0, 0, 0)), np.empty(rows)
-    arguments = (sums, n, int(keep), np.empty((0, 0, 0)), marginals, log_z)
-    run_shares(kernels.inside_outside, arguments, rows, 0.6 * rows * size**3)
-    kept = _Kept(torch.from_numpy(labels), torch.from_numpy(marginals)) if keep else None
-    return torch.from_numpy(log_z), kept
+    arguments = (sums, n, _by_length(n), int(keep), np.empty((0, 0, 0)), marginals, log_z)
+    run_shares(kernels.inside_outside, arguments, -(-rows // LANES), 0.1 * rows * size**3)
+    return torch.from_numpy(log_z), _Kept(spans, n, marginals) if keep else None
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
-    """weights * the marginals of spans."""
-    spans = kept.marginals * weights[:, None, None]
-    return (kept.labels * spans.to(kept.labels.dtype).unsqueeze(-1),)
+    """weights * the marginals of spans ``[B, T, T, K]``."""
+    rows, size, width = kept.spans.shape
+    if width == size:
+        spans = torch.from_numpy(kept.marginals) * weights.double()[:, None, None]
+    else:
+        gradient = np.zeros(kept.spans.shape, kept.spans.dtype)
+        arguments = (*kept, weights.detach().double().contiguous().numpy(), gradient)
+        run_shares(kernels.label_gradient, arguments, rows, 1.0 * gradient.size)
+        spans = torch.from_numpy(gradient)
+    return (spans.view(rows, size, size, width // size),)
 
 
 @untraced
@@ -121,27 +129,34 @@ def best(spans: Tensor, lengths: Tensor) -> Tensor:
 @untraced
 def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Exact samples ``[count, B, T, T]``, by the kernels."""
-    labels, sums, n = _label_sums(spans, lengths, keep=True)
+    scores, sums, n = _label_sums(spans, lengths)
     rows, size, _ = sums.shape
     chart, log_z = np.full((rows, size, size), -np.inf), np.empty(rows)
-    arguments: tuple[Any, ...] = (sums, n, 2, chart, np.empty((0, 0, 0)), log_z)
-    run_shares(kernels.inside_outside, arguments, rows, 0.3 * rows * size**3)
+    arguments: tuple[Any, ...] = (sums, n, _by_length(n), 2, chart, np.empty((0, 0, 0)), log_z)
+    run_shares(kernels.inside_outside, arguments, -(-rows // LANES), 0.1 * rows * size**3)
     trees = np.zeros((count, rows, size, size), np.int64)
     uniforms = torch.rand(count, rows, 4 * size, dtype=torch.float64).numpy()
-    run_shares(kernels.draw, (chart, labels, n, log_z, uniforms, trees), count, 20.0 * count * rows * size**1.5)
+    arguments = (chart, scores, sums, n, log_z, uniforms, trees)
+    run_shares(kernels.draw, arguments, count, 20.0 * count * rows * size**1.5)
     return torch.from_numpy(trees)
 
 
-def _label_sums(spans: Tensor, lengths: Tensor, keep: bool) -> tuple[Any, Any, Any]:
-    """P(label | span), log sums over labels ``[B, T, T]`` float64, and lengths, as arrays."""
+def _label_sums(spans: Tensor, lengths: Tensor) -> tuple[Any, Any, Any]:
+    """Scores ``[B, T, T K]``, log sums over labels ``[B, T, T]`` float64, and lengths, as arrays."""
     spans = spans.detach()
+    rows, size, _, k = spans.shape
     wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
-    scores = wide.contiguous().numpy()
-    rows, size, _, k = scores.shape
-    labels = np.zeros(scores.shape if keep else (0, 0, 0, 0), scores.dtype)
-    sums, n = np.empty((rows, size, size)), _ints(lengths)
-    run_shares(kernels.label_sums, (scores, n, labels, sums, keep), rows, 2.0 * rows * size**2 * k)
-    return labels, sums, n
+    scores, n = wide.reshape(rows, size, size * k).contiguous().numpy(), _ints(lengths)
+    if k == 1:
+        return scores, scores.astype(np.float64, copy=False), n
+    sums = np.empty((rows, size, size))
+    run_shares(kernels.label_sums, (scores, n, sums), rows, 1.0 * scores.size)
+    return scores, sums, n
+
+
+def _by_length(lengths: Any) -> Any:
+    """The rows of the batch, longest first."""
+    return np.argsort(-lengths, kind="stable")
 
 
 def _ints(lengths: Tensor) -> Any:

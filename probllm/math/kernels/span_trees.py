@@ -1,14 +1,14 @@
-"""Binary trees over spans, compiled: inside and outside, the best tree, and draws. One row of the batch after another.
+"""Binary trees over spans, compiled: inside and outside, the best tree, and draws.
 
 Fast path: beta in probability space, beta'(i, j) = beta(i, j) exp(h - sum of c over i..j), with c the score of a leaf
 plus ln 4 + h and h the log mean of exp of the other scores. Factors of leaves cancel, so the recursion stays
 
     beta'(i, j) = exp(s(i, j) - h) sum_k beta'(i, k) beta'(k + 1, j)
 
-sums of products that vector code runs through. Its certificate: values below ``FLOOR`` are raised to it, which adds at
-most the mass that the outside pass finds on the raised spans (the sum is increasing in each); where that is above
-``LOST``, or a value beyond ``CEILING``, the row is done again in log space. Forbidden spans are exact zeros on both
-paths.
+sums of products, of eight rows of the batch at once (``lanes``). Its certificate: values below ``FLOOR`` are raised to
+it, which adds at most the mass that the outside pass finds on the raised spans (the sum is increasing in each); where
+that is above ``LOST``, or a value beyond ``CEILING``, the row is done again in log space. Forbidden spans are exact
+zeros on both paths.
 """
 
 from __future__ import annotations
@@ -19,56 +19,12 @@ import numpy as np
 
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.exponential import exponential, exponentials
+from probllm.math.kernels.lanes import LANES, join, split
 
 FLOOR, CEILING, LOST = 1e-140, 1e140, 1e-13
 _WIDEST = 600.0  # the greatest |exponent| of a single score
+_SURE = 1e-250  # a sum of exponentials that is no less has lost nothing
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # nothing here is -inf or NaN where sums are reordered
-
-
-@compiled()
-def label_sums(spans, lengths, soft, sums, keep, first, step):  # type: ignore[no-untyped-def]
-    """sums [B, T, T] = log sum over labels of exp(spans [B, T, T, K]); where ``keep``, soft = its gradient (0 on
-    entry)."""
-    rows, size, _, k_all = spans.shape
-    buffer, peaks = np.empty(size * k_all), np.empty(size)
-    for b in range(first, rows, step):
-        n = lengths[b]
-        for i in range(n):
-            if k_all == 1:
-                for j in range(i, n):
-                    s = spans[b, i, j, 0]
-                    sums[b, i, j] = s
-                    if keep:
-                        soft[b, i, j, 0] = 1.0 if s > -math.inf else 0.0
-                continue
-            for j in range(i, n):
-                peak = -math.inf
-                for k in range(k_all):
-                    s = np.float64(spans[b, i, j, k])
-                    peak = s if s > peak else peak
-                peaks[j] = peak
-                base = peak if peak > -math.inf else 0.0
-                for k in range(k_all):
-                    buffer[(j - i) * k_all + k] = spans[b, i, j, k] - base
-            exponentials(buffer, (n - i) * k_all)
-            for j in range(i, n):
-                total = 0.0
-                for k in range(k_all):
-                    total += buffer[(j - i) * k_all + k]
-                sums[b, i, j] = peaks[j] + math.log(total) if total > 0 else -math.inf
-                if keep:
-                    by = 1 / total if total > 0 else 0.0
-                    for k in range(k_all):
-                        soft[b, i, j, k] = buffer[(j - i) * k_all + k] * by
-
-
-@compiled(fastmath=_FAST)
-def _dot(x, y, first, last):  # type: ignore[no-untyped-def]
-    """sum of x[k] y[k + 1] over first <= k < last."""
-    total = 0.0
-    for k in range(first, last):
-        total += x[k] * y[k + 1]
-    return total
 
 
 @compiled(fastmath=_FAST)
@@ -79,12 +35,79 @@ def _sum(x, n):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled(fastmath=_FAST)
-def _spread(by, x, y, to_x, to_y, first, last):  # type: ignore[no-untyped-def]
-    """The gradient of by * _dot(x, y, first, last), added."""
-    for k in range(first, last):
-        to_x[k] += by * y[k + 1]
-        to_y[k + 1] += by * x[k]
+@compiled(fastmath={"nnan", "nsz"})
+def _highest(x):  # type: ignore[no-untyped-def]
+    """The greatest entry, as a double; -inf may be among them."""
+    high = -math.inf
+    for q in range(x.size):
+        v = np.float64(x[q])
+        high = v if v > high else high
+    return high
+
+
+@compiled(fastmath={"contract"})
+def _exponentials_of(x, base, out):  # type: ignore[no-untyped-def]
+    """out = exp(x - base)."""
+    for q in range(x.size):
+        out[q] = exponential(np.float64(x[q]) - base)
+
+
+@compiled()
+def _scaled(x, by, out):  # type: ignore[no-untyped-def]
+    """out = by x."""
+    for q in range(x.size):
+        out[q] = by * x[q]
+
+
+@compiled()
+def _row_of_labels(row, k_all, buffer, totals, bases):  # type: ignore[no-untyped-def]
+    """buffer = exp(row - bases), one base for each span of K scores, and their sums over the span.
+
+    The base is the greatest score of the row; where a span lies too far below it, its own; 0 where all are forbidden.
+    """
+    peak = _highest(row)
+    peak = peak if peak > -math.inf else 0.0
+    _exponentials_of(row, peak, buffer)
+    for j in range(row.size // k_all):
+        own = buffer[j * k_all : (j + 1) * k_all]
+        totals[j], bases[j] = _sum(own, k_all), peak
+        if totals[j] < _SURE:
+            base = _highest(row[j * k_all : (j + 1) * k_all])
+            bases[j] = base if base > -math.inf else 0.0
+            _exponentials_of(row[j * k_all : (j + 1) * k_all], bases[j], own)
+            totals[j] = _sum(own, k_all)
+
+
+@compiled()
+def label_sums(spans, lengths, sums, first, step):  # type: ignore[no-untyped-def]
+    """sums [B, T, T] = log sum over labels of exp(spans [B, T, T K])."""
+    rows, size, width = spans.shape
+    k_all = width // size
+    buffer, totals, bases = np.empty(width), np.empty(size), np.empty(size)
+    for b in range(first, rows, step):
+        n = lengths[b]
+        for i in range(n):
+            _row_of_labels(spans[b, i, i * k_all : n * k_all], k_all, buffer, totals, bases)
+            for j in range(i, n):
+                total = totals[j - i]
+                sums[b, i, j] = bases[j - i] + math.log(total) if total > 0 else -math.inf
+
+
+@compiled()
+def label_gradient(spans, lengths, mass, weights, gradient, first, step):  # type: ignore[no-untyped-def]
+    """gradient [B, T, T K] (0 on entry) = weights [B] mass [B, T, T] P(label | span)."""
+    rows, size, width = spans.shape
+    k_all = width // size
+    buffer, totals, bases = np.empty(width), np.empty(size), np.empty(size)
+    for b in range(first, rows, step):
+        n = lengths[b]
+        for i in range(n):
+            _row_of_labels(spans[b, i, i * k_all : n * k_all], k_all, buffer, totals, bases)
+            for j in range(i, n):
+                by = weights[b] * mass[b, i, j]
+                if by != 0.0:
+                    at = (j - i) * k_all
+                    _scaled(buffer[at : at + k_all], by / totals[j - i], gradient[b, i, j * k_all : (j + 1) * k_all])
 
 
 @compiled(fastmath={"nnan", "nsz"})
@@ -98,135 +121,180 @@ def _highest_sum(x, y, first, last):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _scaled(sums, n, wanted, starts, ends, to_starts, to_ends, factor, marginals):  # type: ignore[no-untyped-def]
-    """(log Z, whether it is certified) of one row; starts [i, j] and ends [j, i] become beta'."""
-    greatest, count, total = -math.inf, 0, 0.0
-    for i in range(n):
-        for j in range(i + 1, n):
-            greatest = max(greatest, sums[i, j])
-    h = 0.0
-    if greatest > -math.inf:
-        for i in range(n):
-            for j in range(i + 1, n):
-                factor[i, j] = sums[i, j] - greatest
-            exponentials(factor[i, i + 1 :], n - i - 1)
-            total += _sum(factor[i, i + 1 :], n - i - 1)
-            count += n - i - 1
-        h = greatest + math.log(total / count)
-    growth, raised = math.log(4.0), False
-    log_z = -h
-    for j in range(n):
-        if sums[j, j] == -math.inf:
-            return -math.inf, True
-        log_z += sums[j, j] + growth + h
-        starts[j, j] = ends[j, j] = 0.25
-        factor[j, j] = 1.0
-    lowest = math.exp(max(greatest - h - 2 * _WIDEST, -_WIDEST)) if greatest > -math.inf else 0.0
-    by = math.exp(min(greatest - h, _WIDEST)) if greatest > -math.inf else 0.0
-    for i in range(n):
-        for j in range(i + 1, n):
-            # exp(sums - greatest) by itself is 0 far below the greatest, where a floor must stand
-            factor[i, j] = max(factor[i, j] * by, lowest) if sums[i, j] > -math.inf else 0.0
-    for j in range(n):
-        for i in range(j - 1, -1, -1):
-            beta = 0.0
-            if factor[i, j] > 0.0:
-                pairs = _dot(starts[i], ends[j], i, j)
-                if pairs > 0.0:
-                    beta = factor[i, j] * pairs
-                    raised = raised or beta < FLOOR or factor[i, j] <= lowest
-                    beta = max(beta, FLOOR)
-                    if not beta < CEILING:
-                        return 0.0, False
-            starts[i, j] = ends[j, i] = beta
-    top = starts[0, n - 1]
-    if top == 0.0:
-        return -math.inf, True
-    log_z += math.log(top)
-    if not (wanted or raised):
-        return log_z, True
-    to_starts[:n, :n] = 0.0
-    to_ends[:n, :n] = 0.0
-    to_starts[0, n - 1] = 1.0 / top
-    lost = 0.0
-    for j in range(n - 1, -1, -1):
-        for i in range(j):
-            beta = starts[i, j]
-            d = to_starts[i, j] + to_ends[j, i]
-            mass = d * beta
-            marginals[i, j] = mass
-            if beta == FLOOR or factor[i, j] <= lowest:
-                lost += mass
-            if mass > 0.0:
-                _spread(d * factor[i, j], starts[i], ends[j], to_starts[i], to_ends[j], i, j)
-        marginals[j, j] = (to_starts[j, j] + to_ends[j, j]) * starts[j, j]
-    return log_z, lost < LOST
+def _factors(sums, rows, n, longest, factor, offsets, leasts, shifts):  # type: ignore[no-untyped-def]
+    """factor [T, T, 8] = exp(sums of the eight rows - shifts), 1 on the diagonal, 0 where forbidden; offsets: what log
+    Z owes; leasts: the factors that are no greater were raised."""
+    size = sums.shape[1]
+    for lane in range(LANES):
+        greatest = -math.inf
+        b = rows[lane]
+        for i in range(longest):
+            for j in range(i, longest):
+                s = sums[b, i, j] if j < n[lane] else -math.inf
+                factor[(i * size + j) * LANES + lane] = s
+                if j > i:
+                    greatest = s if s > greatest else greatest
+        shifts[lane] = greatest if greatest > -math.inf else 0.0
+    totals = np.zeros(LANES)
+    for i in range(longest - 1):
+        row = factor[(i * size + i + 1) * LANES : (i * size + longest) * LANES]
+        for k in range(longest - 1 - i):
+            for lane in range(LANES):
+                s = row[k * LANES + lane]
+                v = s - shifts[lane]
+                row[k * LANES + lane] = (v if v > -_WIDEST else -_WIDEST) if s > -math.inf else -math.inf
+        exponentials(row, row.size)
+        for k in range(longest - 1 - i):
+            for lane in range(LANES):
+                totals[lane] += row[k * LANES + lane]
+    times = np.empty(LANES)
+    for lane in range(LANES):
+        count = n[lane] * (n[lane] - 1) / 2
+        times[lane] = count / totals[lane] if totals[lane] > 0.0 else 1.0
+        shifts[lane] -= math.log(times[lane])
+        offsets[lane] = -shifts[lane]
+        leasts[lane] = times[lane] * math.exp(1 - _WIDEST)
+        for j in range(n[lane]):
+            offsets[lane] += factor[(j * size + j) * LANES + lane] + math.log(4.0) + shifts[lane]
+    for i in range(longest):
+        for lane in range(LANES):
+            at = (i * size + i) * LANES + lane
+            factor[at] = 1.0 if factor[at] > -math.inf else 0.0
+        for j in range(i + 1, longest):
+            for lane in range(LANES):
+                factor[(i * size + j) * LANES + lane] *= times[lane]
 
 
 @compiled()
-def _logs(sums, n, wanted, starts, ends, totals, marginals, buffer):  # type: ignore[no-untyped-def]
-    """log Z of one row in log space; starts [i, j] and ends [j, i] become log beta."""
+def _inside(size, longest, factor, starts, ends):  # type: ignore[no-untyped-def]
+    """starts [T, T, 8] and ends, its transpose: beta', raised to ``FLOOR``."""
+    for j in range(longest):
+        at = (j * size + j) * LANES
+        for lane in range(LANES):
+            starts[at + lane] = ends[at + lane] = 0.25 * factor[at + lane]
+        for i in range(j - 1, -1, -1):
+            join(
+                starts, (i * size + i) * LANES, ends, (j * size + i + 1) * LANES, j - i, factor,
+                (i * size + j) * LANES, (j * size + i) * LANES, FLOOR,
+            )  # fmt: skip
+
+
+@compiled()
+def _outside(size, longest, n, factor, starts, ends, to_starts, to_ends, mass):  # type: ignore[no-untyped-def]
+    """mass [T, T, 8]: the marginals; of a span by the wider ones that begin or end with it."""
+    for i in range(longest):
+        for q in range((i * size + i) * LANES, (i * size + longest) * LANES):
+            mass[q] = 0.0
+    for lane in range(LANES):
+        at = (n[lane] - 1) * LANES + lane
+        if n[lane] > 0 and starts[at] > 0.0:
+            mass[at] = 1.0 / starts[at]
+    for j in range(longest - 1, -1, -1):
+        for i in range(j + 1):
+            split(
+                starts, ends, to_starts, to_ends, factor, mass, (i * size + j) * LANES, (j * size + i) * LANES,
+                (i * size + j + 1) * LANES, ((j + 1) * size + j + 1) * LANES, longest - 1 - j,
+                j * size * LANES, (i - 1) * size * LANES, i,
+            )  # fmt: skip
+
+
+@compiled()
+def _logs(sums, n, mode, chart, marginals, b, plain):  # type: ignore[no-untyped-def]
+    """log Z of row b in log space, with its marginals or chart as ``inside_outside``."""
+    starts, ends, totals, mass = plain
+    buffer = np.empty(n)
     for j in range(n):
         starts[j, j] = ends[j, j] = sums[j, j]
         for i in range(j - 1, -1, -1):
+            starts[i, j] = ends[j, i] = -math.inf
             high = _highest_sum(starts[i], ends[j], i, j)
             if high > -math.inf and sums[i, j] > -math.inf:
                 for k in range(i, j):
                     buffer[k - i] = exponential(starts[i, k] + ends[j, k + 1] - high)
                 totals[i, j] = _sum(buffer, j - i)
                 starts[i, j] = ends[j, i] = sums[i, j] + high + math.log(totals[i, j])
-            else:
-                starts[i, j] = ends[j, i] = -math.inf
     log_z = starts[0, n - 1]
-    if not wanted:
+    if mode == 2:
+        for i in range(n):
+            chart[b, i, i:n] = starts[i, i:n]
+    if mode != 1 or log_z == -math.inf:
         return log_z
-    marginals[:n, :n] = 0.0
-    if log_z == -math.inf:
-        return log_z
-    marginals[0, n - 1] = 1.0
+    mass[:n, :n] = 0.0
+    mass[0, n - 1] = 1.0
     for j in range(n - 1, -1, -1):
         for i in range(j):
-            mass = marginals[i, j]
-            if mass > 0.0:
+            if mass[i, j] > 0.0:
                 high = _highest_sum(starts[i], ends[j], i, j)
                 for k in range(i, j):
                     buffer[k - i] = exponential(starts[i, k] + ends[j, k + 1] - high)
-                by = mass / totals[i, j]
+                by = mass[i, j] / totals[i, j]
                 for k in range(i, j):
-                    marginals[i, k] += by * buffer[k - i]
-                    marginals[k + 1, j] += by * buffer[k - i]
+                    mass[i, k] += by * buffer[k - i]
+                    mass[k + 1, j] += by * buffer[k - i]
+    for i in range(n):
+        marginals[b, i, i:n] = mass[i, i:n]
     return log_z
 
 
 @compiled()
-def inside_outside(sums, lengths, mode, chart, marginals, log_z, first, step):  # type: ignore[no-untyped-def]
-    """log_z [B] of sums [B, T, T].
+def inside_outside(sums, lengths, order, mode, chart, marginals, log_z, first, step):  # type: ignore[no-untyped-def]
+    """log_z [B] of sums [B, T, T], eight rows at a time in the order given, of similar lengths best.
 
     mode: 0 log Z alone; 1 with marginals [B, T, T] (0 on entry); 2 with chart [B, T, T], log beta up to a factor of
     each leaf.
     """
-    rows, size, _ = sums.shape
-    starts, ends, to_starts, to_ends = (
-        np.empty((size, size)), np.empty((size, size)), np.empty((size, size)), np.empty((size, size))
-    )  # fmt: skip
-    factor, buffer = np.empty((size, size)), np.empty(size)
-    found = np.zeros((size, size))
-    for b in range(first, rows, step):
-        n = lengths[b]
-        wanted = mode == 1
-        value, sure = _scaled(sums[b], n, wanted, starts, ends, to_starts, to_ends, factor, found)
-        if not sure:
-            value = _logs(sums[b], n, wanted, starts, ends, factor, found, buffer)
-        log_z[b] = value
-        if value == -math.inf:
-            continue
-        for i in range(n):
-            for j in range(i, n):
-                if wanted:
-                    marginals[b, i, j] = found[i, j]
-                elif mode == 2:
-                    beta = starts[i, j]
-                    chart[b, i, j] = (math.log(beta) if beta > 0.0 else -math.inf) if sure else beta
+    size = sums.shape[1]
+    volume = size * size * LANES
+    factor, starts, ends = np.empty(volume), np.empty(volume), np.empty(volume)
+    to_starts, to_ends, mass = np.empty(volume), np.empty(volume), np.empty(volume)
+    rows, n = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    offsets, leasts, shifts = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    raised, over, lost = np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    plain = (np.empty((size, size)), np.empty((size, size)), np.empty((size, size)), np.empty((size, size)))
+    for group in range(first, (len(order) + LANES - 1) // LANES, step):
+        longest = 0
+        for lane in range(LANES):
+            at = group * LANES + lane
+            rows[lane] = order[min(at, len(order) - 1)]
+            n[lane] = lengths[rows[lane]] if at < len(order) else 0
+            longest = max(longest, n[lane])
+        _factors(sums, rows, n, longest, factor, offsets, leasts, shifts)
+        _inside(size, longest, factor, starts, ends)
+        raised[:], over[:], lost[:] = 0.0, 0.0, 0.0
+        for i in range(longest):
+            for j in range(i + 1, longest):
+                for lane in range(LANES):
+                    beta = starts[(i * size + j) * LANES + lane]
+                    low = beta == FLOOR or (beta > 0.0 and factor[(i * size + j) * LANES + lane] <= leasts[lane])
+                    raised[lane] = 1.0 if low else raised[lane]
+                    over[lane] = over[lane] if beta < CEILING else 1.0
+        if mode == 1 or raised.max() > 0.0:
+            _outside(size, longest, n, factor, starts, ends, to_starts, to_ends, mass)
+            if raised.max() > 0.0:
+                for i in range(longest):
+                    for j in range(i + 1, longest):
+                        for lane in range(LANES):
+                            at = (i * size + j) * LANES + lane
+                            low = starts[at] == FLOOR or factor[at] <= leasts[lane]
+                            lost[lane] += mass[at] if low else 0.0
+        for lane in range(LANES):
+            if n[lane] == 0:
+                continue
+            b = rows[lane]
+            if over[lane] > 0.0 or not lost[lane] < LOST:
+                log_z[b] = _logs(sums[b], n[lane], mode, chart, marginals, b, plain)
+                continue
+            top = starts[(n[lane] - 1) * LANES + lane]
+            log_z[b] = offsets[lane] + math.log(top) if top > 0.0 else -math.inf
+            if mode == 1:
+                for i in range(n[lane]):
+                    for j in range(i, n[lane]):
+                        marginals[b, i, j] = mass[(i * size + j) * LANES + lane]
+            if mode == 2:
+                for i in range(n[lane]):
+                    for j in range(i, n[lane]):
+                        beta = starts[(i * size + j) * LANES + lane]
+                        chart[b, i, j] = math.log(beta) if beta > 0.0 else -math.inf
 
 
 @compiled()
@@ -260,14 +328,14 @@ def best(sums, labels, lengths, trees, first, step):  # type: ignore[no-untyped-
 
 
 @compiled()
-def draw(chart, soft, lengths, log_z, uniforms, trees, first, step):  # type: ignore[no-untyped-def]
-    """trees [N, B, T, T] (0 on entry) drawn by chart and log_z of ``inside_outside`` and soft of ``label_sums``; -1 if
-    none.
+def draw(chart, spans, sums, lengths, log_z, uniforms, trees, first, step):  # type: ignore[no-untyped-def]
+    """trees [N, B, T, T] (0 on entry) drawn by chart and log_z of ``inside_outside`` and the label's scores spans
+    [B, T, T K]; -1 if none.
 
     uniforms: [N, B, 4 T], from 0 to 1. Shares divide the draws.
     """
     count, rows, size, _ = trees.shape
-    k_all = soft.shape[3]
+    k_all = spans.shape[2] // size
     stack, buffer = np.empty((size + 1, 2), np.int64), np.empty(size)
     transposed = np.empty((rows, size, size))
     for b in range(rows):
@@ -287,7 +355,7 @@ def draw(chart, soft, lengths, log_z, uniforms, trees, first, step):  # type: ig
                 left = uniforms[draws, b, used]
                 label = -1
                 for k in range(k_all):
-                    p = soft[b, i, j, k]
+                    p = exponential(spans[b, i, j * k_all + k] - sums[b, i, j])
                     if p > 0.0:
                         label = k
                         left -= p
