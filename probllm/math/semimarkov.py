@@ -24,6 +24,7 @@ from probllm.math.kernels.threads import run_shares
 from probllm.math.masks import mask_from_lengths
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import Semiring
+from probllm.math.untraced import untraced
 
 
 def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
@@ -180,6 +181,7 @@ def backward(kept: Kept, weights: Tensor) -> tuple[Tensor, ...]:
     return emissions, durations, last, pairs, start
 
 
+@untraced
 def viterbi(parts: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor]:
     """The best score ``[B]``, float64, and one best segmentation ``[B, T]``: 0 at padding, -1 where none is allowed.
 
@@ -196,6 +198,7 @@ def viterbi(parts: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor]
     return best, torch.where((best == -torch.inf).unsqueeze(-1), -1, path)
 
 
+@untraced
 def sample(parts: tuple[Tensor, ...], lengths: Tensor, count: int) -> Tensor:
     """Exact draws ``[count, B, T]``; arguments, padding and -1 as in ``viterbi``."""
     kept = forward(parts, lengths, True)[1]

@@ -300,6 +300,16 @@ def test_an_observation_that_no_state_emits_has_probability_zero_and_no_nan() ->
     assert bool((law.state_marginals(x)[0] == 0).all())
 
 
+def test_an_empty_batch_gives_nothing() -> None:
+    law = _law(initial_logits=torch.zeros(0, 2))
+    x = law.sample((3,))
+    assert x.shape == (3, 0, 4)
+    assert law.log_prob(x).shape == (3, 0)
+    assert law.viterbi(x).shape == (3, 0, 4)
+    assert law.state_marginals(x).shape == (3, 0, 4, 2)
+    assert law.posterior(x).mode.shape == (3, 0, 4)
+
+
 def test_pyro_program_traces_predicts_and_learns() -> None:
     torch.manual_seed(0)
     x = torch.randint(0, 3, (4, 6))
