@@ -55,7 +55,7 @@ def recurrent(setting: Setting) -> Encoder:
     """A BiLSTM."""
     if setting.small:
         return RecurrentEncoder(words(setting), hidden=100, layers=1, dropout=0.25)
-    return RecurrentEncoder(words(setting), hidden=250, layers=3, dropout=0.33)
+    return RecurrentEncoder(words(setting), hidden=200, layers=3, dropout=0.33)
 
 
 def transformer(setting: Setting) -> Encoder:
@@ -78,7 +78,7 @@ def parser(encoder: Callable[[Setting], Encoder], law: Law) -> Callable[[Setting
 
     def build(setting: Setting) -> Parser:
         labels = setting.vocabulary.num_labels
-        sizes: dict[str, Any] = {"arc_dim": 128, "label_dim": 48} if setting.small else {}
+        sizes: dict[str, Any] = {"arc_dim": 128, "label_dim": 48} if setting.small else {"label_dim": 64}
         if law == "heads":
             return HeadSelectionParser(encoder(setting), labels, **sizes)
         return DependencyParser(encoder(setting), labels, law, setting.single_root, **sizes)
@@ -90,14 +90,14 @@ def for_recurrent(setting: Setting) -> dict[str, Any]:
     """For a BiLSTM."""
     if setting.small:
         return {"epochs": 6, "learning_rate": 5e-3, "max_tokens": 600}
-    return {"epochs": 12, "learning_rate": 2e-3, "max_tokens": 1500}
+    return {"epochs": 12, "learning_rate": 2e-3, "max_tokens": 600}
 
 
 def for_transformer(setting: Setting) -> dict[str, Any]:
     """For a Transformer."""
     if setting.small:
         return {"epochs": 8, "learning_rate": 2e-3, "max_tokens": 600, "warmup": 0.1}
-    return {"epochs": 15, "learning_rate": 1e-3, "max_tokens": 1500, "warmup": 0.1}
+    return {"epochs": 15, "learning_rate": 1e-3, "max_tokens": 600, "warmup": 0.1}
 
 
 LAWS: dict[Law, tuple[str, str]] = {
