@@ -4,7 +4,9 @@ from probllm.distributions.grammar_tree import GrammarTree
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.hidden_semi_markov_model import HiddenSemiMarkovModel
 from probllm.distributions.linear_chain_crf import LinearChainCRF
+from probllm.distributions.linear_gaussian_ssm import LinearGaussianSSM
 from probllm.distributions.monotonic_alignment import MonotonicAlignment
+from probllm.distributions.pair_alignment import PairAlignment
 from probllm.distributions.probabilistic_cfg import ProbabilisticCFG
 from probllm.distributions.projective_dependency_tree import ProjectiveDependencyTree
 from probllm.distributions.second_order_crf import SecondOrderCRF
@@ -18,7 +20,9 @@ __all__ = [
     "HiddenMarkovModel",
     "HiddenSemiMarkovModel",
     "LinearChainCRF",
+    "LinearGaussianSSM",
     "MonotonicAlignment",
+    "PairAlignment",
     "ProbabilisticCFG",
     "ProjectiveDependencyTree",
     "SecondOrderCRF",

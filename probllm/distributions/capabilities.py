@@ -28,6 +28,9 @@ MEMBERS = {
     "log_prob_partial": "likelihood of a partial label",
     "sample_joint": "samples of hidden and observed together",
     "posterior": "the law of what is hidden given what is observed",
+    "filter": "what is hidden at each step given what was observed until then",
+    "mean": "mean (and variance) of a value",
+    "rsample": "samples that are differentiable in the parameters",
 }
 
 _OVER_STRUCTURES: dict[str, Capability] = {
@@ -43,9 +46,18 @@ _SUMMED_STATES: dict[str, Capability] = {
     "posterior": "exact",
 }
 
+_GAUSSIAN: dict[str, Capability] = {
+    name: "sampled" if "sample" in name else "exact"
+    for name in (
+        "log_prob", "mode", "sample", "entropy", "cross_entropy", "sample_joint", "posterior", "filter", "mean",
+        "rsample",
+    )
+}  # fmt: skip
+
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "LinearChainCRF": _OVER_STRUCTURES,
     "MonotonicAlignment": _OVER_STRUCTURES,
+    "PairAlignment": _OVER_STRUCTURES,
     "SecondOrderCRF": _OVER_STRUCTURES,
     "SemiMarkovCRF": _OVER_STRUCTURES,
     "SpanTree": _OVER_STRUCTURES,
@@ -54,6 +66,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "SpanningTree": _OVER_STRUCTURES,
     "HiddenMarkovModel": _SUMMED_STATES,
     "HiddenSemiMarkovModel": _SUMMED_STATES,
+    "LinearGaussianSSM": _GAUSSIAN,
 }
 
 

@@ -14,6 +14,7 @@ E, A = torch.randn(2, 3, 4), torch.randn(4, 4)
 LAWS = {
     "LinearChainCRF": distributions.LinearChainCRF(E, A),
     "MonotonicAlignment": distributions.MonotonicAlignment(E),
+    "PairAlignment": distributions.PairAlignment(torch.randn(2, 3, 4, 3)),
     "SecondOrderCRF": distributions.SecondOrderCRF(E, torch.randn(4, 4, 4), A, torch.zeros(4)),
     "SemiMarkovCRF": distributions.SemiMarkovCRF(torch.randn(2, 3, 2, 4), A),
     "SpanTree": distributions.SpanTree(torch.randn(2, 3, 3, 4)),
@@ -30,6 +31,10 @@ LAWS = {
         torch.zeros(2, 4), A, torch.zeros(4, 2), dist.Normal(torch.arange(4.0), 1.0), duration=3
     ),
 }
+LAWS["LinearGaussianSSM"] = distributions.LinearGaussianSSM(
+    dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.eye(2), dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    torch.randn(2, 3), dist.Normal(torch.zeros(3), 1.0).to_event(1), duration=3,
+)  # fmt: skip
 
 
 def ask(law: object, member: str) -> object:
@@ -40,8 +45,8 @@ def ask(law: object, member: str) -> object:
     scores = law.marginals if "marginals" in CAPABILITIES[type(law).__name__] else E  # type: ignore[attr-defined]
     every = torch.ones_like(scores, dtype=torch.bool)
     arguments = {
-        "log_prob": (value,), "score": (value,), "posterior": (value,), "topk": (2,), "cross_entropy": (law,),
-        "expectation": (scores,), "condition": (every,), "log_prob_partial": (every,),
+        "log_prob": (value,), "score": (value,), "posterior": (value,), "filter": (value,), "topk": (2,),
+        "cross_entropy": (law,), "expectation": (scores,), "condition": (every,), "log_prob_partial": (every,),
     }  # fmt: skip
     return found(*arguments.get(member, ()))
 
