@@ -55,6 +55,8 @@ def probllm(
 
 - `probllm compare tagging --train train.conllu --dev dev.conllu --test test.conllu --column xpos`
 
+- `probllm compare parsing --train train.conllu --dev dev.conllu --test test.conllu --models bilstm-spanning`
+
 - `probllm compare tagging --train train.bio --dev dev.bio --test test.bio --full`
 """
 )
@@ -102,8 +104,8 @@ def compare(
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no margin to respect
-    if name is None and (train or dev or test):
-        fail(f"say which comparison the files are for: {', '.join(COMPARISONS)}")
+    if name is None and (train or dev or test or models):
+        fail(f"say which comparison the files or models are for: {', '.join(COMPARISONS)}")
     for place in (output, folder):
         try:
             place.mkdir(parents=True, exist_ok=True)
