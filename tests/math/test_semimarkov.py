@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +104,33 @@ def test_draws_are_allowed_segmentations(case: Case) -> None:
             else:
                 assert not any(z[n:])
                 assert added_up(parts, row, z, n) > -math.inf
+
+
+def test_draws_by_emissions_and_durations_have_the_frequencies_of_the_law() -> None:
+    """Chi-square at a false-alarm rate of one in a million."""
+    torch.manual_seed(0)
+    parts = tuple(torch.randn(1, *shape, dtype=torch.float64) for shape in ((4, 2), (3, 2), (3, 2), (2, 2), (2,)))
+    every = [z for z in itertools.product(range(3), repeat=4) if z[0] and not (z[1] == z[2] == z[3] == 0)]
+    p = torch.tensor([added_up(parts, 0, list(z), 4) for z in every], dtype=torch.float64).softmax(0)
+    count = 5000
+    drawn = semimarkov.sample(parts, torch.tensor([4]), count)[:, 0]
+    same = (drawn.unsqueeze(1) == torch.tensor(every)).all(-1)
+    assert bool(same.any(1).all())
+    statistic = float(((same.double().sum(0) - count * p) ** 2 / (count * p)).sum())
+    assert scipy.stats.chi2.sf(statistic, len(every) - 1) > 1e-6
+
+
+def test_labels_that_are_only_reached_from_far_below_the_best_keep_their_digits() -> None:
+    """exp(-740) has three digits left, and the sum of two such has the gradient of neither."""
+    segments = torch.zeros(1, 2, 1, 3, dtype=torch.float64)
+    start = torch.tensor([[0.0, -740.0, -740.7]], dtype=torch.float64)
+    transitions = torch.zeros(1, 3, 3, dtype=torch.float64)
+    transitions[0, 0, 1] = -torch.inf
+    end = torch.tensor([[-torch.inf, 0.0, -torch.inf]], dtype=torch.float64)
+    parts, lengths = (segments, transitions, start, end), torch.tensor([2])
+    compiled = value_and_gradients(RECURSION, parts, lengths)
+    for found, expected in zip(compiled, value_and_gradients(Recursion(RECURSION.inside), parts, lengths), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [True, False])
