@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probllm.data import find_cycle, is_projective
+from probllm.data import Dataset, find_cycle, is_projective
+from probllm.distributions.projective_dependency_tree import ProjectiveDependencyTree
+from probllm.distributions.spanning_tree import SpanningTree
 from probllm.models.dependency_parser import DependencyParser
 from probllm.models.head_selection_parser import HeadSelectionParser
 from probllm.models.parser import Parser
@@ -196,8 +198,6 @@ def test_a_word_that_is_its_own_head_is_refused_by_head_selection():
 def test_it_learns_trees_that_the_words_decide(name):
     words = [torch.randint(2, WORDS, (size,)) for size in (3, 5, 2, 4) * 4]
     data = [{"inputs": {"words": w}, "heads": torch.arange(len(w)), "labels": (w % R)} for w in words]
-    from probllm.data import Dataset
-
     torch.manual_seed(0)
     sizes = {"arc_dim": 8, "label_dim": 8, "dropout": 0.0}
     encoder = RecurrentEncoder(WordEmbedding(WORDS, 8), hidden=8)
@@ -243,3 +243,13 @@ def test_a_batch_that_cannot_be_scored_is_refused_by_name(name, change, error, m
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("name", "law"), [("projective", ProjectiveDependencyTree), ("spanning", SpanningTree)])
+def test_the_law_is_that_of_the_biaffine_scores_of_the_encoders_states(name, law):
+    model, lengths = made(name), BATCH["mask"].sum(1)
+    with torch.no_grad():
+        alone = law(*model.biaffine(model.encoder(BATCH["inputs"], BATCH["mask"])), lengths=lengths)
+        torch.testing.assert_close(model.law(BATCH).log_prob(BATCH["heads"]), alone.log_prob(BATCH["heads"]))
+        torch.testing.assert_close(model.marginals(BATCH), alone.marginals)
+        torch.testing.assert_close(model.law(BATCH).entropy(), alone.entropy())
