@@ -31,6 +31,7 @@ from probllm.data.segmentation import labels_of_tags, segmentation_from_tags, ta
 from probllm.data.splits import Split, random_split
 from probllm.data.subwords import Subwords, WordPieces
 from probllm.data.tagging import TaggingVocabulary
+from probllm.data.transduction import Pair, TransductionVocabulary
 from probllm.data.turkish import turkish_treebank
 from probllm.data.vocabulary import Vocabulary
 from probllm.data.word_classes import WordClasses
@@ -46,6 +47,7 @@ __all__ = [
     "FeatureHasher",
     "Glyphs",
     "LabelledText",
+    "Pair",
     "ParsingVocabulary",
     "Pronunciation",
     "PythonReference",
@@ -54,6 +56,7 @@ __all__ = [
     "Subwords",
     "TaggedSentence",
     "TaggingVocabulary",
+    "TransductionVocabulary",
     "TreebankSentence",
     "Vocabulary",
     "WordClasses",

@@ -1,5 +1,6 @@
 """Pyro distributions whose sample is a structure, or that have summed one out."""
 
+from probllm.distributions.ctc_labels import CTCLabels
 from probllm.distributions.grammar_tree import GrammarTree
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.hidden_semi_markov_model import HiddenSemiMarkovModel
@@ -16,6 +17,7 @@ from probllm.distributions.spanning_tree import SpanningTree
 from probllm.distributions.structure import StructuredDistribution
 
 __all__ = [
+    "CTCLabels",
     "GrammarTree",
     "HiddenMarkovModel",
     "HiddenSemiMarkovModel",

@@ -66,18 +66,38 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "SpanningTree": _OVER_STRUCTURES,
     "HiddenMarkovModel": _SUMMED_STATES,
     "HiddenSemiMarkovModel": _SUMMED_STATES,
+    "ProbabilisticCFG": {
+        name: value.replace("every observation sequence sums over all state sequences", "a string sums over its trees")
+        for name, value in _SUMMED_STATES.items()
+    },
+    "CTCLabels": {
+        name: value.replace("every observation sequence sums over all state sequences", "sums over alignments")
+        for name, value in _SUMMED_STATES.items()
+    },
     "LinearGaussianSSM": _GAUSSIAN,
 }
 
 
+def columns() -> dict[tuple[str, ...], dict[str, Capability]]:
+    """The laws that can do the same, together, in the order of the first."""
+    alike: list[tuple[list[str], dict[str, Capability]]] = []
+    for law, able in CAPABILITIES.items():
+        shown = {member: value.split(":")[0] for member, value in able.items()}
+        for names, other in alike:
+            if shown == other:
+                names.append(law)
+                break
+        else:
+            alike.append(([law], shown))
+    return {tuple(names): able for names, able in alike}
+
+
 def table() -> str:
-    """The table as Markdown, as it stands in ``docs/laws.md``."""
-    laws = list(CAPABILITIES)
-    lines = [f"| member | what | {' | '.join(laws)} |", f"|---|---|{'---|' * len(laws)}"]
+    """The table as Markdown, as it stands in ``docs/laws.md``: laws that can do the same share a column."""
+    found = columns()
+    heads = ["<br>".join(f"`{name}`" for name in names) for names in found]
+    lines = [f"| member | what | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for member, what in MEMBERS.items():
-        cells = []
-        for law in laws:
-            value = CAPABILITIES[law].get(member, "")
-            cells.append(value.split(":")[0])
+        cells = [able.get(member, "") for able in found.values()]
         lines.append(f"| `{member}` | {what} | {' | '.join(cells)} |")
     return "\n".join(lines)

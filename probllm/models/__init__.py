@@ -1,6 +1,7 @@
 """Models: an encoder, potentials and a law, as a Pyro program with the same verbs everywhere; one file a model."""
 
 from probllm.models.crf_tagger import CRFTagger
+from probllm.models.ctc_transducer import CTCTransducer
 from probllm.models.dependency_parser import DependencyParser
 from probllm.models.gaussian_emissions import GaussianEmissions, MixtureEmissions
 from probllm.models.head_selection_parser import HeadSelectionParser
@@ -16,6 +17,7 @@ __all__ = [
     "HMM",
     "HSMM",
     "CRFTagger",
+    "CTCTransducer",
     "CategoricalEmissions",
     "DependencyParser",
     "Emissions",

@@ -31,6 +31,7 @@ LAWS = {
         torch.zeros(2, 4), A, torch.zeros(4, 2), dist.Normal(torch.arange(4.0), 1.0), duration=3
     ),
 }
+LAWS["CTCLabels"] = distributions.CTCLabels(torch.zeros(2, 3, 4))
 LAWS["LinearGaussianSSM"] = distributions.LinearGaussianSSM(
     dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.eye(2), dist.Normal(torch.zeros(2), 1.0).to_event(1),
     torch.randn(2, 3), dist.Normal(torch.zeros(3), 1.0).to_event(1), duration=3,
