@@ -93,8 +93,8 @@ class CTCLabels(TorchDistribution):  # type: ignore[misc]
 
     def _intractable(self, what: str) -> NoReturn:
         raise NotImplementedError(
-            f"the {what} of CTC's labels is intractable: every label sequence sums over its alignments; best_path() and "
-            "probllm.decoding.ctc_beam_search approximate the mode"
+            f"the {what} of CTC's labels is intractable: every label sequence sums over its alignments; best_path() "
+            "approximates the mode"
         )
 
     @property

@@ -17,11 +17,11 @@ from tests.models import battery
 BATCH = {
     "inputs": torch.tensor([[2, 3, 4, 2], [3, 2, 0, 0], [4, 0, 0, 0]]),
     "mask": torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False]]),
-    "target": torch.tensor([[1, 2, 1], [3, 0, 0], [0, 0, 0]]),
+    "target": torch.tensor([[1, 2, 1, 0, 0, 0, 0, 0], [3] + [0] * 7, [0] * 8]),
 }
 CASES = [battery.Case("lstm", lambda: CTCTransducer(RecurrentEncoder(5, 8), 3), BATCH, target="target")]
-# labels are no longer than the frames, and need not be as long as what was observed
-CHECKS = [check for check in battery.CHECKS if "predict_has_the_shape" not in check.__name__]
+# what is predicted is as wide as the frames: see the test of padding below
+CHECKS = [c for c in battery.CHECKS if "predict_has_the_shape" not in c.__name__ and "padding_ch" not in c.__name__]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -30,17 +30,22 @@ def test_battery(case: battery.Case, check: Callable[[battery.Case], None]) -> N
     check(case)
 
 
+def test_padding_changes_nothing() -> None:
+    model, wider = CASES[0].made(), battery.with_more_padding(BATCH, 3)
+    torch.testing.assert_close(model.log_prob(wider), model.log_prob(BATCH))
+    narrow, wide = model.predict(BATCH), model.predict(wider)
+    assert narrow.shape == (3, 8)
+    assert torch.equal(wide[:, :8], narrow)
+    assert not wide[:, 8:].any()
+
+
 def test_it_learns_a_mapping_of_which_some_symbols_write_two_and_some_none() -> None:
     pyro.set_rng_seed(0)
     written = {"a": ["A"], "b": ["B", "B"], "x": ["K", "S"], "e": []}
-    words = [
-        "".join(w)
-        for w in torch.tensor([ord(c) for c in "abxe"])[torch.randint(4, (300, 5))].tolist()
-        for w in [map(chr, w)]
-    ]
+    words = ["".join("abxe"[i] for i in row) for row in torch.randint(4, (300, 5)).tolist()]
     pairs = [Pair(word, [y for c in word for y in written[c]]) for word in words]
     vocabulary = TransductionVocabulary.build(pairs)
-    model = CTCTransducer(RecurrentEncoder(len(vocabulary.sources), 32), vocabulary.num_labels, frames=3, dropout=0.0)
+    model = CTCTransducer(RecurrentEncoder(len(vocabulary.sources), 32), vocabulary.num_labels, frames=4, dropout=0.0)
     data = vocabulary.dataset(pairs)
     fit(model, data, epochs=20, batch_size=20, learning_rate=0.02, progress=False)
     right = 0
