@@ -90,7 +90,7 @@ def for_recurrent(setting: Setting) -> dict[str, Any]:
     """For a BiLSTM."""
     if setting.small:
         return {"epochs": 6, "learning_rate": 5e-3, "max_tokens": 600}
-    return {"epochs": 12, "learning_rate": 2e-3, "max_tokens": 600}
+    return {"epochs": 12, "learning_rate": 3e-3, "max_tokens": 400}
 
 
 def for_transformer(setting: Setting) -> dict[str, Any]:
