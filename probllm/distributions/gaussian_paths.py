@@ -47,7 +47,7 @@ class GaussianPaths(TorchDistribution):  # type: ignore[misc]
         return found  # type: ignore[no-any-return]
 
     def _grown(self, x: Tensor, dims: int) -> Tensor:
-        return x.expand(*self.batch_shape, *x.shape[x.dim() - dims :]).to(self._law._dtype)
+        return x.expand(self.batch_shape + x.shape[x.dim() - dims :]).to(self._law._dtype)
 
     @property
     def mean(self) -> Tensor:
@@ -102,14 +102,15 @@ class GaussianPaths(TorchDistribution):  # type: ignore[misc]
         steps, d = self.event_shape
         zero = torch.zeros((), dtype=torch.float64, device=self._value.device)
         real, seen = law._real(steps), self._seen()
-        first = -normal_log_density(zero.expand(chain.mean.shape), chain.covariance)
-        moves = -normal_log_density(zero.expand(*chain.noise.shape[:-2], d), chain.noise)
+        first = normal_log_density(zero.expand(chain.mean.shape), chain.covariance)
+        moves = normal_log_density(zero.expand(*chain.noise.shape[:-2], d), chain.noise)
         if steps > 1:
             moves = torch.where(real[..., 1:], moves, zero)
-            first = first + moves.sum(-1) + 0.5 * d * (real.sum(-1) - 1)
-        errors = -normal_log_density(zero.expand(seen.shape), chain.error, seen)
-        total = first + errors.sum(-1) + 0.5 * (d + seen.sum((-1, -2)))
-        return self._grown(total - law._entropy(steps, self._entries), 0)
+            first = first + moves.sum(-1) - 0.5 * d * (real.sum(-1) - 1)
+        errors = normal_log_density(zero.expand(seen.shape), chain.error, seen)
+        peak = first + errors.sum(-1) - 0.5 * (d + seen.sum((-1, -2)))  # each entropy is half a nat an entry above
+        entropy = torch.where(peak > -math.inf, -peak - law._entropy(steps, self._entries), -math.inf)
+        return self._grown(entropy, 0)
 
     def _seen(self) -> Tensor:
         """``[..., T, o]`` bool: real and observed."""

@@ -138,8 +138,8 @@ def smooth(scores: tuple[Tensor, ...], sizes: Tensor, covariances: bool) -> tupl
     (rows, steps), d = run.log_p.shape, emission.shape[2]
     smoothed = np.empty((rows, steps, d))
     arguments: tuple[Any, ...] = (
-        transition, emission, run.order, run.rows, run.blocks, run.covariance, run.gain, run.filtered, run.scaled,
-        smoothed,
+        transition, emission, run.order, run.lengths, run.rows, run.blocks, run.covariance, run.gain, run.filtered,
+        run.scaled, smoothed,
     )  # fmt: skip
     run_shares(kalman_adjoint.smooth_means, arguments, len(run.blocks), run.cost)
     mean = torch.from_numpy(smoothed)

@@ -377,6 +377,18 @@ def test_singular_noise_in_many_dimensions_gives_no_nan() -> None:
     torch.testing.assert_close(total, twin((chain, None, None)), rtol=1e-4, atol=1e-4)
 
 
+def test_padding_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = leaves(chain_of(torch.Generator().manual_seed(2), (3,), False, False, 6, 2, 2, None))
+    lengths = torch.tensor([2, 4, 1])
+    expected = (log_prob(chain, lengths), *smooth(chain, lengths, None), *filter_moments(chain, lengths, None))
+    slopes = gradients(expected[0].sum(), chain)
+    monkeypatch.setattr(gaussian_passes.np, "empty", lambda shape: gaussian_passes.np.full(shape, math.nan))
+    found = (log_prob(chain, lengths), *smooth(chain, lengths, None), *filter_moments(chain, lengths, None))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(smooth_means(chain, lengths, None), expected[1])
+    torch.testing.assert_close(gradients(found[0].sum(), chain), slopes)
+
+
 def test_narrow_numbers_are_summed_wide() -> None:
     chain = chain_of(torch.Generator().manual_seed(2), (3,), False, False, 5, 2, 2, None)
     narrow = Chain(*(x.float() for x in chain))

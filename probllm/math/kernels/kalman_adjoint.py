@@ -186,9 +186,9 @@ def adjoint(  # type: ignore[no-untyped-def]
 
 @compiled(fastmath=FAST)
 def smooth_means(  # type: ignore[no-untyped-def]
-    transition, emission, order, rows, blocks, covariance, gain, filtered, scaled, smoothed, first, step
+    transition, emission, order, lengths, rows, blocks, covariance, gain, filtered, scaled, smoothed, first, step
 ):
-    """smoothed [B, T, d]; of no meaning on padding."""
+    """smoothed [B, T, d]; padding is not written to, or has no meaning."""
     steps, d = smoothed.shape[1:]
     o = emission.shape[3]
     kt, ht, ft = np.empty((d, o)), np.empty((o, d)), np.empty((d, d))
@@ -199,7 +199,10 @@ def smooth_means(  # type: ignore[no-untyped-def]
         means_of = filtered[lo * steps * d : hi * steps * d].reshape((steps, d, width))
         scaled_of = scaled[lo * steps * o : hi * steps * o].reshape((steps, o, width))
         r, u, z = np.zeros((d, width)), np.empty((o, width)), np.empty((d, width))
-        for t in range(steps - 1, -1, -1):
+        longest = 0
+        for n in range(lo, hi):
+            longest = max(longest, lengths[order[n]])
+        for t in range(longest - 1, -1, -1):
             z[:] = means_of[t]
             add_combined(covariance[g, t], r, 1.0, z)
             for n in range(width):
