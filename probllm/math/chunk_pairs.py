@@ -20,8 +20,8 @@ from probllm.math.kernels import chunk_pairs as kernels
 from probllm.math.kernels.threads import run_shares
 
 MOST_CODES = 1 << 27  # pairs of chunks that symbols could form; a table of that many integers is made once
-# one letter by none to two phonemes, or two letters by one
-CHUNKS = ((1, 0), (1, 1), (1, 2), (2, 1))
+# one letter by none to two phonemes: longer chunks of letters were no better on English
+CHUNKS = ((1, 0), (1, 1), (1, 2))
 
 
 class ChunkAlignment(NamedTuple):
