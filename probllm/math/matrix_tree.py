@@ -132,6 +132,7 @@ def _marginals(arcs: Tensor, lengths: Tensor, single_root: bool) -> Tensor:
     # one table for each set of words kept, all of one size: all words (and some more that nobody meets) at first
     spare = scores.new_full((*scores.shape[:-1], size - words), -math.inf)
     log = torch.cat([scores.transpose(-1, -2), spare, root.log.unsqueeze(-1)], -1)
+    log = log - finite(log.amax(-1, keepdim=True))  # what all heads of a word share does not count
     log = torch.cat([log, log.new_full((*log.shape[:-2], size - words, size + 1), -math.inf)], -2)
     order = torch.zeros_like(log, dtype=torch.long)
     order[..., :words, -1] = root.order
