@@ -89,14 +89,14 @@ def parser(encoder: Callable[[Setting], Encoder], law: Law) -> Callable[[Setting
 def for_recurrent(setting: Setting) -> dict[str, Any]:
     """For a BiLSTM."""
     if setting.small:
-        return {"epochs": 6, "learning_rate": 5e-3, "max_tokens": 600}
+        return {"epochs": 6, "learning_rate": 5e-3, "max_tokens": 250}
     return {"epochs": 12, "learning_rate": 3e-3, "max_tokens": 400}
 
 
 def for_transformer(setting: Setting) -> dict[str, Any]:
     """For a Transformer."""
     if setting.small:
-        return {"epochs": 8, "learning_rate": 2e-3, "max_tokens": 600, "warmup": 0.1}
+        return {"epochs": 6, "learning_rate": 2e-3, "max_tokens": 400, "warmup": 0.1}
     return {"epochs": 15, "learning_rate": 1e-3, "max_tokens": 600, "warmup": 0.1}
 
 
