@@ -52,7 +52,7 @@ class JointNGram:
             steps,
         )
         self.pairs, self.log_likelihoods = found.pairs, found.log_likelihoods
-        self.ngrams = kneser_ney([cut for cut in found.cuts if len(cut)], len(self.pairs), order)
+        self.ngrams = kneser_ney([cut.tolist() for cut in found.cuts if len(cut)], len(self.pairs), order)
         # the pairs of each chunk of source symbols, by its code
         self._base, self._longest = len(self.letters) + 1, max(a for a, _ in chunks)
         codes = np.array([self._code(u) for u, _ in self.pairs])

@@ -55,3 +55,112 @@ def scatter(marginals, weights, packed, labels, gradient, first, step):  # type:
             for s in range(1, states, 2):
                 gradient[b, t, labels[b, s]] += np.float64(marginals[b, t, s] * w)
             gradient[b, t, blank] += np.float64(of_blank * w)
+
+
+@compiled()
+def _plus(x, y):  # type: ignore[no-untyped-def]
+    """log(exp x + exp y)."""
+    high, low = max(x, y), min(x, y)
+    return high + math.log1p(math.exp(low - high)) if low > -math.inf else high
+
+
+@compiled()
+def search(log_probs, lengths, blank, beam, labels, scores, first, step):  # type: ignore[no-untyped-def]
+    """Prefix beam search. labels [K, B, T] hold the blank on entry, scores [K, B] -inf.
+
+    log_probs [B, T, V]. Prefixes are nodes of a tree, so that equal ones are one; a prefix's mass is kept apart by
+    whether its last frame is a blank. K is at most ``beam``.
+    """
+    rows, frames, size = log_probs.shape
+    nodes = frames * beam + 1
+    slots = 2
+    while slots < 2 * nodes:
+        slots *= 2
+    parent, label, slot_of = np.empty(nodes, np.int64), np.empty(nodes, np.int64), np.empty(nodes, np.int64)
+    table = np.empty(slots, np.int64)
+    alive, then = np.empty(beam, np.int64), np.empty(beam, np.int64)
+    in_blank, in_label, total = np.empty(beam), np.empty(beam), np.empty(beam)
+    to_blank, to_label = np.empty(beam), np.empty(beam)
+    then_blank, then_label = np.empty(beam), np.empty(beam)
+    new_mass, new_from, new_label = (
+        np.empty(beam * size),
+        np.empty(beam * size, np.int64),
+        np.empty(beam * size, np.int64),
+    )
+    mass = np.empty(beam * (size + 1))
+    for b in range(first, rows, step):
+        table[:] = -1
+        parent[0], label[0], slot_of[0], made = -1, -1, 0, 1
+        alive[0], in_blank[0], in_label[0], count = 0, 0.0, -math.inf, 1
+        for t in range(lengths[b]):
+            row = log_probs[b, t]
+            for h in range(count):
+                v = alive[h]
+                total[h] = _plus(in_blank[h], in_label[h])
+                to_blank[h] = total[h] + row[blank]
+                to_label[h] = in_label[h] + row[label[v]] if v > 0 else -math.inf
+            found = 0
+            for h in range(count):
+                v = alive[h]
+                for k in range(size):
+                    if k == blank:
+                        continue
+                    gain = (in_blank[h] if k == label[v] else total[h]) + row[k]
+                    if gain == -math.inf:
+                        continue
+                    child = table[_place(table, parent, label, v, k)]
+                    if child >= 0 and slot_of[child] >= 0:
+                        to_label[slot_of[child]] = _plus(to_label[slot_of[child]], gain)
+                    else:
+                        new_mass[found], new_from[found], new_label[found] = gain, v, k
+                        found += 1
+            for h in range(count):
+                mass[h] = -_plus(to_blank[h], to_label[h])
+            mass[count : count + found] = -new_mass[:found]
+            cut = math.inf
+            if count + found > beam:
+                cut = np.partition(mass[: count + found], beam - 1)[beam - 1]
+            kept = 0
+            # what is above the cut first, then as many at the cut as there is room for
+            for strict in (True, False):
+                for h in range(count):
+                    if kept < beam and (mass[h] < cut if strict else mass[h] == cut) and mass[h] < math.inf:
+                        then[kept], then_blank[kept], then_label[kept] = alive[h], to_blank[h], to_label[h]
+                        kept += 1
+                for c in range(found):
+                    if kept < beam and (-new_mass[c] < cut if strict else -new_mass[c] == cut):
+                        place = _place(table, parent, label, new_from[c], new_label[c])
+                        if table[place] < 0:
+                            table[place] = made
+                            parent[made], label[made], slot_of[made] = new_from[c], new_label[c], -1
+                            made += 1
+                        then[kept], then_blank[kept], then_label[kept] = table[place], -math.inf, new_mass[c]
+                        kept += 1
+            for h in range(count):
+                slot_of[alive[h]] = -1
+            count = kept
+            for h in range(count):
+                alive[h], in_blank[h], in_label[h] = then[h], then_blank[h], then_label[h]
+                slot_of[alive[h]] = h
+            if count == 0:
+                break
+        for h in range(count):
+            total[h] = -_plus(in_blank[h], in_label[h])
+        order = np.argsort(total[:count])
+        for i in range(min(count, scores.shape[0])):
+            v, length = alive[order[i]], 0
+            scores[i, b] = -total[order[i]]
+            while v > 0:
+                labels[i, b, length] = label[v]
+                length += 1
+                v = parent[v]
+            labels[i, b, :length] = labels[i, b, :length][::-1].copy()
+
+
+@compiled()
+def _place(table, parent, label, node, k):  # type: ignore[no-untyped-def]
+    """Where the child k of a node stands in the table, or would."""
+    place = ((node * 0x9E3779B1) ^ (k * 0x85EBCA6B)) & (table.size - 1)
+    while table[place] >= 0 and (parent[table[place]] != node or label[table[place]] != k):
+        place = (place + 1) & (table.size - 1)
+    return place
