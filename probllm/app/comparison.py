@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COMPARISONS = {
     "tagging": "Does a law over whole tag sequences tag better than a decision at each word?",
     "parsing": "Does a law over whole trees parse better than a head chosen for each word?",
+    "alignment": "Do letters find their phonemes better if they are aligned first, or if all alignments are summed?",
 }
 
 Value = Estimate | float | None

@@ -7,11 +7,13 @@ from probllm.evaluation.calibration import ReliabilityCurve, expected_calibratio
 from probllm.evaluation.entities import SpanScores, span_counts, span_scores
 from probllm.evaluation.plots import plot_confusion, plot_learning, plot_marginals, plot_reliability
 from probllm.evaluation.tagging import accuracy, confusion_matrix, correct_tokens, token_nll, unpad
+from probllm.evaluation.transduction import EditErrors, edit_distance, edit_errors
 
 __all__ = [
     "AttachmentCounts",
     "AttachmentScores",
     "Difference",
+    "EditErrors",
     "Estimate",
     "ReliabilityCurve",
     "SpanScores",
@@ -21,6 +23,8 @@ __all__ = [
     "bootstrap",
     "confusion_matrix",
     "correct_tokens",
+    "edit_distance",
+    "edit_errors",
     "expected_calibration_error",
     "paired_bootstrap",
     "plot_confusion",
