@@ -23,6 +23,21 @@ FAST = {"contract", "reassoc", "nsz", "arcp"}
 ROUNDING = 1e-15  # times the number of entries: a pivot below this part of its variance is none
 
 
+@compiled()
+def fill(out, x):  # type: ignore[no-untyped-def]
+    """A loop: numba takes a second to compile an assignment to a slice."""
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = x
+
+
+@compiled()
+def copy(a, out):  # type: ignore[no-untyped-def]
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            out[i, j] = a[i, j]
+
+
 @compiled(fastmath=FAST)
 def product(a, b, out):  # type: ignore[no-untyped-def]
     """out = a b."""
@@ -106,13 +121,11 @@ def covariances(  # type: ignore[no-untyped-def]
         b = rows[g]
         for t in range(steps[g]):
             if t == 0:
-                p[:] = initial[b if initial.shape[0] > 1 else 0]
+                copy(initial[b if initial.shape[0] > 1 else 0], p)
             else:
                 q = noise[b if noise.shape[0] > 1 else 0, t - 1 if noise.shape[1] > 1 else 0]
                 f = transition[b if transition.shape[0] > 1 else 0, t - 1 if transition.shape[1] > 1 else 0]
-                for i in range(d):
-                    for j in range(d):
-                        p[i, j] = q[i, j]
+                copy(q, p)
                 add_congruence(f, filtered[g, t - 1], work, p)
             h_all = emission[b if emission.shape[0] > 1 else 0, t if emission.shape[1] > 1 else 0]
             r_all = error[b if error.shape[0] > 1 else 0, t if error.shape[1] > 1 else 0]
@@ -136,9 +149,9 @@ def covariances(  # type: ignore[no-untyped-def]
             half_log_det[g, t] = _inverse(s, low, inverse[g, t])
             now = filtered[g, t]
             if half_log_det[g, t] == math.inf:
-                gain[g, t] = 0.0
-                inverse[g, t] = 0.0
-                now[:] = p
+                fill(gain[g, t], 0.0)
+                fill(inverse[g, t], 0.0)
+                copy(p, now)
                 continue
             product(inverse[g, t], hp, gain[g, t])
             k_now = gain[g, t]
@@ -210,11 +223,13 @@ def means(  # type: ignore[no-untyped-def]
             if t == 0:
                 start = initial[b if initial.shape[0] > 1 else 0]
                 for j in range(d):
-                    m[j] = start[j]
+                    for n in range(width):
+                        m[j, n] = start[j]
             else:
                 shift = drift[b if drift.shape[0] > 1 else 0, t - 1 if drift.shape[1] > 1 else 0]
                 for j in range(d):
-                    m[j] = shift[j]
+                    for n in range(width):
+                        m[j, n] = shift[j]
                 f = transition[b if transition.shape[0] > 1 else 0, t - 1 if transition.shape[1] > 1 else 0]
                 add_combined(f, means_of[t - 1], 1.0, m)
             h = emission[b if emission.shape[0] > 1 else 0, t if emission.shape[1] > 1 else 0]
@@ -228,13 +243,16 @@ def means(  # type: ignore[no-untyped-def]
             if masked:
                 for j in range(o):
                     if not seen[b, t, j]:
-                        v[j] = 0.0
                         count -= 1
+                        for n in range(width):
+                            v[j, n] = 0.0
             e = scaled_of[t]
-            e[:] = 0.0
+            fill(e, 0.0)
             add_combined(inverse[g, t], v, 1.0, e)
             add_combined(gain[g, t], v, 1.0, m)
-            out[:] = -(half_log_det[g, t] + 0.5 * count * math.log(2 * math.pi))
+            constant = half_log_det[g, t] + 0.5 * count * math.log(2 * math.pi)
+            for n in range(width):
+                out[n] = -constant
             for j in range(o):
                 for n in range(width):
                     out[n] -= 0.5 * e[j, n] * v[j, n]
@@ -244,7 +262,6 @@ def means(  # type: ignore[no-untyped-def]
                 if not real:
                     for j in range(o):
                         e[j, n] = 0.0
-        means_of[longest:] = 0.0
-        scaled_of[longest:] = 0.0
-        for n in range(lo, hi):
-            log_p[order[n], longest:] = 0.0
+        for t in range(longest, steps):
+            for n in range(lo, hi):
+                log_p[order[n], t] = 0.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from probllm.math.kernels.compiled import compiled
-from probllm.math.kernels.kalman import FAST, add_combined, add_congruence, product, symmetrise
+from probllm.math.kernels.kalman import FAST, add_combined, add_congruence, copy, fill, product, symmetrise
 
 
 @compiled(fastmath=FAST)
@@ -107,8 +107,8 @@ def adjoint(  # type: ignore[no-untyped-def]
         for n in range(width):
             w[n] = weights[order[lo + n]]
             longest = max(longest, lengths[order[lo + n]])
-        n_after[:] = 0.0
-        z[:] = means_of[longest - 1]
+        fill(n_after, 0.0)
+        copy(means_of[longest - 1], z)
         for t in range(longest - 1, -1, -1):
             k, p, inv = gain[g, t], covariance[g, t], inverse[g, t]
             h = emission[b if emission.shape[0] > 1 else 0, t if emission.shape[1] > 1 else 0]
@@ -118,7 +118,7 @@ def adjoint(  # type: ignore[no-untyped-def]
             for n in range(width):
                 if t < lengths[order[lo + n]]:
                     total += w[n]
-            u[:] = scaled_of[t]
+            copy(scaled_of[t], u)
             add_combined(kt, r, -1.0, u)
             for j in range(o):
                 for n in range(width):
@@ -128,7 +128,7 @@ def adjoint(  # type: ignore[no-untyped-def]
                 for j in range(o):
                     row[j] = -wu[j, n]
             product(k, n_after, kn)
-            s[:] = 0.0
+            fill(s, 0.0)
             _add_product(kn, kt, 1.0, s)
             for i in range(o):
                 for j in range(o):
@@ -152,7 +152,7 @@ def adjoint(  # type: ignore[no-untyped-def]
                     wr[i, n] = r[i, n] * w[n]
             product(h, k, a)
             _turned_rest(a, rest)  # the congruence is with A'
-            n_before[:] = 0.0
+            fill(n_before, 0.0)
             add_congruence(rest, n_after, work, n_before)
             product(inv, ht, work_o)
             _add_product(h, work_o, total, n_before)
@@ -171,10 +171,10 @@ def adjoint(  # type: ignore[no-untyped-def]
                 continue
             f = transition[b if transition.shape[0] > 1 else 0, t - 1 if transition.shape[1] > 1 else 0]
             _turn(f, ft)
-            back[:] = 0.0
+            fill(back, 0.0)
             add_combined(ft, r, 1.0, back)
-            r[:] = back  # one step earlier
-            z[:] = means_of[t - 1]
+            copy(back, r)  # one step earlier
+            copy(means_of[t - 1], z)
             add_combined(covariance[g, t - 1], r, 1.0, z)  # the smoothed mean
             out = d_transition[order[lo] if own[2] else first, t - 1 if d_transition.shape[1] > 1 else 0]
             _add_outer(z, wr, 1.0, out)
@@ -203,7 +203,7 @@ def smooth_means(  # type: ignore[no-untyped-def]
         for n in range(lo, hi):
             longest = max(longest, lengths[order[n]])
         for t in range(longest - 1, -1, -1):
-            z[:] = means_of[t]
+            copy(means_of[t], z)
             add_combined(covariance[g, t], r, 1.0, z)
             for n in range(width):
                 row = smoothed[order[lo + n], t]
@@ -214,12 +214,12 @@ def smooth_means(  # type: ignore[no-untyped-def]
             _turn(gain[g, t], kt)
             _turn(emission[b if emission.shape[0] > 1 else 0, t if emission.shape[1] > 1 else 0], ht)
             _turn(transition[b if transition.shape[0] > 1 else 0, t - 1 if transition.shape[1] > 1 else 0], ft)
-            u[:] = scaled_of[t]
+            copy(scaled_of[t], u)
             add_combined(kt, r, -1.0, u)
             add_combined(ht, u, 1.0, r)
-            z[:] = 0.0
+            fill(z, 0.0)
             add_combined(ft, r, 1.0, z)
-            r[:] = z
+            copy(z, r)
 
 
 @compiled(fastmath=FAST)
@@ -234,7 +234,7 @@ def smooth_covariances(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     for g in range(first, len(rows), step):
         b = rows[g]
-        n_now[:] = 0.0
+        fill(n_now, 0.0)
         for t in range(lengths[g] - 1, -1, -1):
             p = covariance[g, t]
             product(n_now, p, a)
