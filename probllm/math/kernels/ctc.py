@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from probllm.math.kernels.compiled import compiled
+from probllm.math.kernels.selection import kth_greatest
 
 
 @compiled()
@@ -115,20 +116,20 @@ def search(log_probs, lengths, blank, beam, labels, scores, first, step):  # typ
                         new_mass[found], new_from[found], new_label[found] = gain, v, k
                         found += 1
             for h in range(count):
-                mass[h] = -_plus(to_blank[h], to_label[h])
-            mass[count : count + found] = -new_mass[:found]
-            cut = math.inf
+                total[h] = mass[h] = _plus(to_blank[h], to_label[h])
+            mass[count : count + found] = new_mass[:found]
+            cut = -math.inf
             if count + found > beam:
-                cut = np.partition(mass[: count + found], beam - 1)[beam - 1]
+                cut = kth_greatest(mass, count + found, beam)
             kept = 0
             # what is above the cut first, then as many at the cut as there is room for
             for strict in (True, False):
                 for h in range(count):
-                    if kept < beam and (mass[h] < cut if strict else mass[h] == cut) and mass[h] < math.inf:
+                    if kept < beam and (total[h] > cut if strict else total[h] == cut) and total[h] > -math.inf:
                         then[kept], then_blank[kept], then_label[kept] = alive[h], to_blank[h], to_label[h]
                         kept += 1
                 for c in range(found):
-                    if kept < beam and (-new_mass[c] < cut if strict else -new_mass[c] == cut):
+                    if kept < beam and (new_mass[c] > cut if strict else new_mass[c] == cut):
                         place = _place(table, parent, label, new_from[c], new_label[c])
                         if table[place] < 0:
                             table[place] = made
@@ -145,11 +146,13 @@ def search(log_probs, lengths, blank, beam, labels, scores, first, step):  # typ
             if count == 0:
                 break
         for h in range(count):
-            total[h] = -_plus(in_blank[h], in_label[h])
-        order = np.argsort(total[:count])
+            total[h] = _plus(in_blank[h], in_label[h])
         for i in range(min(count, scores.shape[0])):
-            v, length = alive[order[i]], 0
-            scores[i, b] = -total[order[i]]
+            best = 0
+            for h in range(1, count):
+                best = h if total[h] > total[best] else best
+            v, length = alive[best], 0
+            scores[i, b], total[best] = total[best], -math.inf
             while v > 0:
                 labels[i, b, length] = label[v]
                 length += 1

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from probllm.math.kernels.compiled import compiled
+from probllm.math.kernels.selection import kth_greatest
 
 
 @compiled()
@@ -59,6 +60,7 @@ def decode(  # type: ignore[no-untyped-def]
     """
     cap = 1 << 15
     slots = cap * 2
+    room = np.empty(cap)
     lanes = longest + 1
     state, score_of = np.empty((lanes, cap), np.int64), np.empty((lanes, cap))
     back, token_of = np.empty((lanes, cap), np.int64), np.empty((lanes, cap), np.int64)
@@ -82,8 +84,8 @@ def decode(  # type: ignore[no-untyped-def]
             if size > 0:
                 cut = high[lane] - width
                 if size > beam:
-                    order = np.sort(-score_of[lane, :size])
-                    cut = max(cut, -order[beam - 1])
+                    room[:size] = score_of[lane, :size]
+                    cut = max(cut, kth_greatest(room, size, beam))
                 taken = 0
                 for h in range(size):
                     if score_of[lane, h] < cut or taken == beam:
