@@ -1,9 +1,11 @@
 """Pyro distributions whose sample is a structure, or that have summed one out."""
 
+from probllm.distributions.constrained_chain import ConstrainedChain, intersect
 from probllm.distributions.ctc_labels import CTCLabels
 from probllm.distributions.grammar_tree import GrammarTree
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.hidden_semi_markov_model import HiddenSemiMarkovModel
+from probllm.distributions.higher_order_crf import HigherOrderCRF
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.linear_gaussian_ssm import LinearGaussianSSM
 from probllm.distributions.monotonic_alignment import MonotonicAlignment
@@ -18,9 +20,11 @@ from probllm.distributions.structure import StructuredDistribution
 
 __all__ = [
     "CTCLabels",
+    "ConstrainedChain",
     "GrammarTree",
     "HiddenMarkovModel",
     "HiddenSemiMarkovModel",
+    "HigherOrderCRF",
     "LinearChainCRF",
     "LinearGaussianSSM",
     "MonotonicAlignment",
@@ -32,4 +36,5 @@ __all__ = [
     "SpanTree",
     "SpanningTree",
     "StructuredDistribution",
+    "intersect",
 ]

@@ -56,6 +56,8 @@ _GAUSSIAN: dict[str, Capability] = {
 
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "LinearChainCRF": _OVER_STRUCTURES,
+    "ConstrainedChain": _OVER_STRUCTURES,
+    "HigherOrderCRF": _OVER_STRUCTURES,
     "MonotonicAlignment": _OVER_STRUCTURES,
     "PairAlignment": _OVER_STRUCTURES,
     "SecondOrderCRF": _OVER_STRUCTURES,

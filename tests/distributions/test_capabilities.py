@@ -9,10 +9,13 @@ import torch
 
 from probllm import distributions
 from probllm.distributions.capabilities import CAPABILITIES, MEMBERS, table
+from probllm.math.automata import counting
 
 E, A = torch.randn(2, 3, 4), torch.randn(4, 4)
 LAWS = {
     "LinearChainCRF": distributions.LinearChainCRF(E, A),
+    "ConstrainedChain": distributions.intersect(distributions.LinearChainCRF(E, A), counting(1, 4, at_most=1)),
+    "HigherOrderCRF": distributions.HigherOrderCRF(E, torch.randn(4, 4, 4), [torch.zeros(4), A]),
     "MonotonicAlignment": distributions.MonotonicAlignment(E),
     "PairAlignment": distributions.PairAlignment(torch.randn(2, 3, 4, 3)),
     "SecondOrderCRF": distributions.SecondOrderCRF(E, torch.randn(4, 4, 4), A, torch.zeros(4)),
@@ -53,7 +56,7 @@ def ask(law: object, member: str) -> object:
 
 
 def test_every_law_of_the_package_is_in_the_table() -> None:
-    laws = {name for name in distributions.__all__ if name != "StructuredDistribution"}
+    laws = {name for name in distributions.__all__ if name[0].isupper() and name != "StructuredDistribution"}
     assert laws == set(CAPABILITIES) == set(LAWS)
 
 
