@@ -15,13 +15,19 @@ can do better"; Yang, Liu and Tu (2022).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from probllm.math.chain_torch import safe_logsumexp
+from probllm.math.kernels import cfg as kernels
+from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
-from probllm.math.semirings import Semiring
+from probllm.math.semirings import LOG, Semiring
+
+SAFE_RANGE = 30.0  # nats between the rules: a symbol or split that underflows then has no probability above 1e-290
 
 
 def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
@@ -86,10 +92,6 @@ def _inside(
     return semiring.dot(root, total, -1)
 
 
-RECURSION = Recursion(inside)
-LOW_RANK = Recursion(low_rank_inside)
-
-
 def word_scores(terminals: Tensor, words: Tensor, real: Tensor, nonterminals: int) -> Tensor:
     """Scores of symbols over spans ``[*batch, T, T, N + P]`` that hold the words' log weights; 0 off the diagonal.
 
@@ -129,3 +131,156 @@ def low_rank_rules(head: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x == -torch.inf, 0.0, x)
+
+
+# ---- by the kernels
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs: tensors in float64, arrays for the kernel, and rows done by the twin."""
+
+    shapes: tuple[torch.Size, ...]
+    tables: Tensor  # [G, N, M, M], exp(rules - greatest)
+    words: Tensor  # [B, T, M], scores of single words, leaves of a graph
+    unary: Tensor  # [G, N, P], another
+    logs: Tensor  # [B, T, M], log beta of single words by them
+    leaves: Tensor  # [B, T, M], exp of them, scaled
+    arrays: tuple[Any, ...]  # left_leaves, right_leaves, tables, transposed, root, lengths, starts, scales, passed
+    log_z: Tensor  # [B]
+    hard: list[tuple[int, tuple[Tensor, ...], Tensor]]  # row, its scores, its log Z
+
+
+def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
+    """log Z ``[B]`` of spans ``[B, T, T, M]``, rules, root and unary as in ``inside``, by the kernels."""
+    spans, rules, root, unary = (x.detach().double() for x in scores)
+    rows, size, _, m = spans.shape
+    n = root.shape[-1]
+    groups = max(x.shape[0] for x in (rules, root, unary))
+    rules, root, unary = (x.expand(groups, *x.shape[1:]) for x in (rules, root, unary))
+    width, n4 = -(-n // 8) * 8, -(-n // 4) * 4
+
+    words = spans.diagonal(dim1=1, dim2=2).transpose(1, 2).contiguous().requires_grad_(keep)
+    unary = unary.contiguous().requires_grad_(keep)
+    with torch.set_grad_enabled(keep):
+        logs = _log_leaves(words, unary, n)
+    scales = logs.detach().amax(-1)
+    leaves = torch.where(scales.unsqueeze(-1) > -torch.inf, logs.detach() - _finite(scales).unsqueeze(-1), -torch.inf)
+    greatest = _finite(rules.amax((-1, -2, -3)))
+    top = _finite(root.amax(-1))
+    tables = (rules - greatest[:, None, None, None]).exp()
+    careful = not (_within(rules, SAFE_RANGE) and _within(root, SAFE_RANGE))
+    flags = np.zeros(rows, np.int64)
+    if careful:  # what is not allowed is an exact zero, and nothing else may come near one
+        small = kernels.LITTLE
+        if bool((_finite(rules - greatest[:, None, None, None]) < small).any()) or bool(
+            (_finite(root - top[:, None]) < small).any()
+        ):
+            flags[:] = 1
+        flags |= (_finite(leaves) < small).flatten(1).any(1).numpy()
+    leaves = leaves.exp()
+
+    last = torch.zeros(groups, m, m, width, dtype=torch.float64)  # [X, Z, A]
+    last[..., :n] = tables.permute(0, 2, 3, 1)
+    left_leaves = (leaves.view(groups, -1, m) @ last.flatten(2)).view(rows, size, m, width)
+    right_leaves = (leaves.view(groups, -1, m) @ last[:, :n].transpose(1, 2).flatten(2)).view(rows, size, n, width)
+    both = torch.zeros(groups, n4, width, width, dtype=torch.float64)
+    both[:, :n, :n] = last[:, :n, :n]
+    both = both.flatten(1, 2)
+    starts, passed = np.zeros((rows, size, size, width)), np.zeros((rows, size, size, width))
+    chart_scales, log_z = np.full((rows, size, size), -np.inf), np.empty(rows)
+    arrays = (
+        left_leaves.numpy(), right_leaves.numpy(), both.numpy(), both.transpose(1, 2).contiguous().numpy(),
+        (root - top[:, None]).exp().numpy(), lengths.long().contiguous().numpy(), starts, chart_scales, passed,
+    )  # fmt: skip
+    run_shares(
+        kernels.inside,
+        (
+            spans.contiguous().numpy(), leaves.contiguous().numpy(), scales.contiguous().numpy(), *arrays[:3],
+            greatest.numpy(), *arrays[4:6], careful, starts, chart_scales, passed, log_z, flags,
+        ),
+        rows,
+        0.05 * rows * size**2 * (n**3 + size * n**2),
+    )  # fmt: skip
+    found = torch.from_numpy(log_z) + (top if groups == rows else top.expand(rows))
+    hard = []
+    for row in np.flatnonzero(flags).tolist():
+        own = tuple(x.detach()[row if x.shape[0] > 1 else 0].double().requires_grad_(keep) for x in scores)
+        with torch.set_grad_enabled(keep):
+            value = inside(LOG, tuple(LOG.lift(x) for x in own), lengths[row])[0]
+        found[row] = value.detach()
+        hard.append((row, own, value))
+    if not keep:
+        return found, None
+    shapes = tuple(x.shape for x in scores)
+    return found, _Kept(shapes, tables, words, unary, logs, leaves, arrays, found, hard)
+
+
+def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
+    """weights * the gradient of log Z in spans, rules, root and unary, in their shapes; summed over rows that share."""
+    left_leaves, right_leaves, both, transposed, root, lengths, starts, scales, passed = kept.arrays
+    rows, size, m = kept.leaves.shape
+    groups, n = root.shape
+    width = starts.shape[-1]
+    weights = torch.where(kept.log_z > -torch.inf, weights.detach().double(), 0.0)
+    easy = weights.clone()
+    for row, _, _ in kept.hard:
+        easy[row] = 0.0
+    shares = groups if groups > 1 else max(1, torch.get_num_threads())
+    mass, to_leaves = np.zeros((rows, size, size, m)), np.zeros((rows, size, m))
+    to_left, to_right = np.zeros(left_leaves.shape), np.zeros(right_leaves.shape)
+    to_both, to_root = np.zeros((shares, *both.shape[1:])), np.zeros((shares, n))
+    run_shares(
+        kernels.outside,
+        (
+            kept.leaves.contiguous().numpy(), left_leaves, right_leaves, both, transposed, root, lengths, starts,
+            scales, passed, easy.numpy(), mass, to_leaves, to_left, to_right, to_both, to_root,
+        ),
+        rows,
+        0.1 * rows * size**2 * (n**3 + size * n**2),
+    )  # fmt: skip
+    last = torch.zeros(groups, m, m, width, dtype=torch.float64)
+    last[..., :n] = kept.tables.permute(0, 2, 3, 1)
+    leaves, from_leaves = kept.leaves.view(groups, -1, m), torch.from_numpy(to_leaves).view(groups, -1, m)
+    d_left = torch.from_numpy(to_left).view(groups, -1, m * width)
+    d_right = torch.from_numpy(to_right).view(groups, -1, n * width)
+    by_last = last[:, :n].transpose(1, 2).flatten(2)  # [Z, X A]
+    from_leaves = from_leaves + d_left @ last.flatten(2).mT + d_right @ by_last.mT
+    d_rules = (leaves.mT @ d_left).view(groups, m, m, width)
+    d_rules[:, :n] += (leaves.mT @ d_right).view(groups, m, n, width).transpose(1, 2)
+    totals = torch.from_numpy(to_both)
+    totals = totals if groups > 1 else totals.sum(0, keepdim=True)
+    d_rules[:, :n, :n] += totals.view(groups, -1, width, width)[:, :n, :n]
+    rules = d_rules[..., :n].permute(0, 3, 1, 2) * kept.tables
+    of_leaves = from_leaves.view(rows, size, m) * kept.leaves
+    words, unary = torch.autograd.grad(kept.logs, (kept.words, kept.unary), of_leaves, retain_graph=True)
+    spans = torch.from_numpy(mass)
+    spans.diagonal(dim1=1, dim2=2).add_(words.transpose(1, 2))
+    d_root = torch.from_numpy(to_root)
+    found = [spans, rules, d_root if groups > 1 else d_root.sum(0, keepdim=True), unary]
+    found = [x if x.shape == s else x.sum(0, keepdim=True) for x, s in zip(found, kept.shapes, strict=True)]
+    for row, own, value in kept.hard:
+        if bool(torch.isfinite(value)):
+            parts = torch.autograd.grad(value, own, weights[row], retain_graph=True, allow_unused=True)
+            for x, part in zip(found, parts, strict=True):
+                if part is not None:
+                    x[row if x.shape[0] > 1 else 0] += part
+    return tuple(found)
+
+
+def _log_leaves(words: Tensor, unary: Tensor, n: int) -> Tensor:
+    """log beta ``[B, T, M]`` of single words, from scores ``[B, T, M]`` and unary rules ``[G, N, P]``."""
+    below = words[..., n:]
+    if bool((unary == -torch.inf).all()):
+        single = torch.full_like(words[..., :n], -torch.inf) + 0 * unary.nan_to_num(neginf=0.0).sum()
+    else:
+        single = safe_logsumexp(unary.unsqueeze(1) + below.unsqueeze(-2), -1) + words[..., :n]
+    return torch.cat([single, below], -1)
+
+
+def _within(x: Tensor, nats: float) -> bool:
+    """Whether the greatest and the least lie within a range; -inf lies in none."""
+    return bool(x.amax() - x.amin() <= nats)
+
+
+RECURSION = Recursion(inside, forward, backward)
+LOW_RANK = Recursion(low_rank_inside)

@@ -124,9 +124,11 @@ def test_low_rank_grammar_is_the_explicit_one(tables: Tables, length: int) -> No
     found = torch.autograd.grad(law.log_prob(words).sum(), [leaves[n] for n in names], allow_unused=True)
     again = torch.autograd.grad(law.posterior(words).log_partition.sum(), [leaves[n] for n in names], allow_unused=True)
     for one, other in zip(found, again, strict=True):
-        one, other = (torch.zeros(()) if x is None else x for x in (one, other))
+        one, other = torch.broadcast_tensors(
+            *(torch.zeros((), dtype=torch.float64) if x is None else x for x in (one, other))
+        )
         assert bool(torch.isfinite(one).all())
-        close(one, other.expand_as(one).to(one.dtype))
+        close(one, other)
 
 
 def proper(
