@@ -9,6 +9,7 @@ its own head needs, the root's. A structure is heads ``[T]``: 0 is the root, wor
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from probllm.distributions.inside import InsideDistribution
 from probllm.math.eisner import heads_of
 from probllm.math.masks import mask_from_lengths
+from probllm.math.tree_search import best_trees, search_trees
 
 
 class DependencyTreeLaw(InsideDistribution):
@@ -79,6 +81,15 @@ class DependencyTreeLaw(InsideDistribution):
         own = table.gather(-2, row.unsqueeze(-2)).squeeze(-2)
         total = torch.where(real, own, 0.0).sum(-1)
         return torch.where(is_tree(heads, real, self.single_root, self._projective), total, -math.inf)
+
+    def _best(self) -> Tensor:
+        return self._k_best(1)[0]
+
+    def _k_best(self, k: int) -> Tensor:
+        scores = self._flat("arcs", False)
+        search = partial(best_trees, single_root=self.single_root, projective=self._projective)
+        found = search_trees(search, scores, self._flat_lengths(), scores.new_empty(k, scores.shape[0]))
+        return found.reshape(k, *self._own_shape, *self.event_shape)
 
     def _matching(self, other: Self) -> dict[str, Tensor]:
         if other.single_root != self.single_root:

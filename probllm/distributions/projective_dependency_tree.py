@@ -47,12 +47,6 @@ class ProjectiveDependencyTree(DependencyTreeLaw):
         super().__init__(arcs, root, single_root, lengths, validate_args)
         self._recursion = eisner.ONE_ROOT if self.single_root else eisner.MANY_ROOTS
 
-    def _best(self) -> Tensor:
-        scores = self._flat("arcs", False)
-        search = partial(eisner.best_trees, single_root=self.single_root)
-        found = search_trees(search, scores, self._flat_lengths(), scores.new_empty(1, scores.shape[0]))
-        return found.reshape(*self._own_shape, *self.event_shape)
-
     def _draw(self, n: int) -> Tensor:
         scores = self._flat("arcs", False)
         search = partial(eisner.sample_trees, single_root=self.single_root)

@@ -49,15 +49,6 @@ class SpanningTree(DependencyTreeLaw):
         super().__init__(arcs, root, single_root, lengths, validate_args)
         self._recursion = matrix_tree.ONE_ROOT if self.single_root else matrix_tree.MANY_ROOTS
 
-    def _best(self) -> Tensor:
-        return self._k_best(1)[0]
-
-    def _k_best(self, k: int) -> Tensor:
-        scores = self._flat("arcs", False)
-        search = partial(matrix_tree.best_trees, single_root=self.single_root)
-        found = search_trees(search, scores, self._flat_lengths(), scores.new_empty(k, scores.shape[0]))
-        return found.reshape(k, *self._own_shape, *self.event_shape)
-
     def _draw(self, n: int) -> Tensor:
         scores = self._flat("arcs", False)
         search = partial(matrix_tree.sample_trees, single_root=self.single_root)

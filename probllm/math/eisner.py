@@ -132,26 +132,12 @@ def _backward(kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
     return (kept * weights[:, None, None],)
 
 
-def best_trees(scores: Tensor, lengths: Tensor, extra: Tensor, *, single_root: bool) -> Tensor:
-    """The best tree's heads ``[1, B, T]``: 0 at padding, -1 where no tree is allowed.
-
-    Args:
-        scores: ``[B, T, T]`` float64 on the CPU, the roots' on the diagonal.
-        lengths: ``[B]`` long.
-        extra: ``[1, B]``, and does not count.
-    """
-    rows, words = len(lengths), scores.shape[-1]
-    heads, possible = torch.zeros(rows, words, dtype=torch.long), torch.empty(rows, dtype=torch.bool)
-    arguments = (scores.numpy(), lengths.numpy(), single_root, heads.numpy(), possible.numpy())
-    run_shares(kernels.viterbi, arguments, rows, 0.3 * rows * words**3)
-    return torch.where(possible.unsqueeze(-1), heads, -1).unsqueeze(0)
-
-
 def sample_trees(scores: Tensor, lengths: Tensor, seeds: Tensor, *, single_root: bool) -> Tensor:
     """Exact samples of heads ``[N, B, T]``: 0 at padding, -1 where no tree is allowed.
 
     Args:
-        scores, lengths: as for ``best_trees``.
+        scores: ``[B, T, T]`` float64 on the CPU, the roots' on the diagonal.
+        lengths: ``[B]`` long.
         seeds: ``[N, B]`` long, one for each sample.
     """
     count, rows, words = len(seeds), len(lengths), scores.shape[-1]

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from probllm.math.chain_torch import safe_logsumexp
-from probllm.math.kernels import arborescence, wilson
 from probllm.math.kernels import matrix_tree as kernels
+from probllm.math.kernels import wilson
 from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import Log, Semiring
@@ -234,26 +234,12 @@ ONE_ROOT, MANY_ROOTS = (
 PATIENCE = 64  # steps of one sample's walks, in T^2, before it is drawn by elimination
 
 
-def best_trees(scores: Tensor, lengths: Tensor, extra: Tensor, *, single_root: bool) -> Tensor:
-    """The k best trees' heads ``[k, B, T]``, best first: 0 at padding, -1 where there are fewer.
-
-    Args:
-        scores: ``[B, T, T]`` float64 on the CPU, the roots' on the diagonal.
-        lengths: ``[B]`` long.
-        extra: ``[k, B]``, whose size alone counts.
-    """
-    k, rows, words = len(extra), len(lengths), scores.shape[-1]
-    heads = torch.full((k, rows, words), -1)
-    arguments = (scores.numpy(), lengths.numpy(), single_root, heads.numpy())
-    run_shares(arborescence.k_best, arguments, rows, 10.0 * rows * words**2 * (1 + (k - 1) * words))
-    return heads
-
-
 def sample_trees(scores: Tensor, lengths: Tensor, seeds: Tensor, *, single_root: bool) -> Tensor:
     """Exact samples of heads ``[N, B, T]``: 0 at padding, -1 where no tree is allowed.
 
     Args:
-        scores, lengths: as for ``best_trees``.
+        scores: ``[B, T, T]`` float64 on the CPU, the roots' on the diagonal.
+        lengths: ``[B]`` long.
         seeds: ``[N, B]`` long, one for each sample.
     """
     log_z, marginals = _forward((scores,), lengths, single_root, single_root=single_root)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probllm.math.kernels.lawler import k_best
+from probllm.math.kernels.threads import run_shares
 from probllm.math.untraced import untraced
 
 # (scores [B, T, T] float64, lengths [B], extra [N, B]) -> heads [N, B, T]; on the CPU
@@ -26,6 +28,21 @@ def search_trees(search: Search, scores: Tensor, lengths: Tensor, extra: Tensor)
     """
     found: Tensor = _Search.apply(search, scores, lengths, extra)  # type: ignore[no-untyped-call]
     return found
+
+
+def best_trees(scores: Tensor, lengths: Tensor, extra: Tensor, *, single_root: bool, projective: bool) -> Tensor:
+    """A ``Search`` for the k best trees, best first: 0 at padding, -1 where there are fewer.
+
+    Args:
+        scores, lengths: as for ``search_trees``, on the CPU.
+        extra: ``[k, B]``, whose size alone counts.
+    """
+    k, rows, words = len(extra), len(lengths), scores.shape[-1]
+    heads = torch.full((k, rows, words), -1)
+    arguments = (scores.numpy(), lengths.numpy(), single_root, projective, heads.numpy())
+    work = (0.3 * words**3 if projective else 10.0 * words**2) * rows * (1 + (k - 1) * words)
+    run_shares(k_best, arguments, rows, work)
+    return heads
 
 
 class _Search(torch.autograd.Function):

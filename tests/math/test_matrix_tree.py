@@ -14,6 +14,7 @@ from probllm.math import matrix_tree
 from probllm.math.matrix_tree import MANY_ROOTS, ONE_ROOT, log_partition_torch, marginals_torch
 from probllm.math.recursion import expected_parts, log_partition
 from probllm.math.semirings import MAX
+from probllm.math.tree_search import best_trees
 from tests.distributions.dependencies import trees
 
 either = pytest.mark.parametrize("single_root", [True, False])
@@ -190,26 +191,6 @@ def test_walks_that_would_not_end_are_replaced(single_root: bool) -> None:
     assert bool(((heads[:, 0] == 2) | (heads[:, 1] == 1)).all())
 
 
-@given(scores(7), st.booleans(), st.integers(1, 30))
-def test_the_k_best_are_distinct_sorted_and_none_is_missed(
-    case: tuple[Tensor, Tensor], single_root: bool, k: int
-) -> None:
-    arcs = case[0]
-    n = 1 + (arcs.shape[-1] - 1) % 5
-    arcs = arcs[:1, :n, :n].contiguous()
-    found = matrix_tree.best_trees(arcs, torch.tensor([n]), torch.empty(k, 1), single_root=single_root)[:, 0]
-    heads = torch.tensor(trees(n, single_root, False))
-    row = torch.where(heads == 0, torch.arange(n), heads - 1)
-    total = arcs[0][row, torch.arange(n)].sum(-1)
-    expected = total[total > -torch.inf].sort(descending=True).values[:k]
-    there = found[:, 0] >= 0
-    assert int(there.sum()) == len(expected)
-    assert bool(there[: len(expected)].all())
-    row = torch.where(found == 0, torch.arange(n), found - 1)[there]
-    torch.testing.assert_close(arcs[0][row, torch.arange(n)].sum(-1), expected, rtol=1e-12, atol=1e-6)
-    assert len(found[there].unique(dim=0)) == len(expected)
-
-
 @either
 def test_threads_change_nothing(single_root: bool) -> None:
     arcs, lengths = torch.randn(9, 60, 60), torch.randint(1, 61, (9,))
@@ -219,7 +200,7 @@ def test_threads_change_nothing(single_root: bool) -> None:
     for threads in (1, 3):
         torch.set_num_threads(threads)
         drawn = matrix_tree.sample_trees(arcs.double(), lengths, seeds, single_root=single_root)
-        best = matrix_tree.best_trees(arcs.double(), lengths, torch.empty(3, 9), single_root=single_root)
+        best = best_trees(arcs.double(), lengths, torch.empty(3, 9), single_root=single_root, projective=False)
         found.append((log_partition(recursion, (arcs,), lengths), *expected_parts(recursion, (arcs,), lengths)))
         found[-1] = (*found[-1], drawn, best)
     for a, b in zip(*found, strict=True):

@@ -1,10 +1,8 @@
-"""The best and the k best dependency trees, compiled; crossing arcs are allowed.
+"""The best dependency tree, compiled; crossing arcs are allowed.
 
 The best one by Chu and Liu (1965) and Edmonds (1967) on dense tables, in T^2: each word takes its best head; a cycle
 becomes one word, an arc into which is worth what it changes. With one root, an arc is worth the pair (-1 if it is the
 root's, score), compared in that order: exactly the best among the trees with the fewest roots (Gabow and Tarjan 1984).
-The k best by Lawler's partition (1972): what is left after a tree falls into sets in which the words before d have
-their heads in it, and d another head than in it.
 
 Tables are [T, T], head and dependent, the roots' scores on the diagonal; heads [T] count words from 1, 0 is the root.
 """
@@ -27,11 +25,8 @@ def _better(order, score, best_order, best_score):  # type: ignore[no-untyped-de
 
 
 @compiled()
-def best_tree(table, n, single, fixed, at, banned, space, heads):  # type: ignore[no-untyped-def]
-    """Writes the heads of the best tree; False if there is none.
-
-    Words before ``at`` have the heads ``fixed``, and word ``at`` none of those that are ``banned`` [T + 1].
-    """
+def best_tree(table, n, single, space, heads):  # type: ignore[no-untyped-def]
+    """Writes the heads of the best tree; False if there is none."""
     score, order, source, target = space
     top = 2 * n + 1
     above, state = np.full(top, -1), np.zeros(top, np.int8)  # state: 0 no head yet, 1 on the path, 2 under the root
@@ -42,9 +37,7 @@ def best_tree(table, n, single, fixed, at, banned, space, heads):  # type: ignor
     # [dependent, head], the root being 0
     for d in range(1, n + 1):
         for h in range(n + 1):
-            free = d - 1 > at or (h == fixed[d - 1] if d - 1 < at else not banned[h])
-            row = d - 1 if h == 0 else h - 1
-            score[d, h] = table[row, d - 1] if free and h != d else -math.inf
+            score[d, h] = table[d - 1 if h == 0 else h - 1, d - 1] if h != d else -math.inf
             order[d, h] = -1 if single and h == 0 else 0
             source[d, h], target[d, h] = h, d
     alive[: n + 1] = True
@@ -113,7 +106,8 @@ def best_tree(table, n, single, fixed, at, banned, space, heads):  # type: ignor
 
 
 @compiled()
-def _space(words):  # type: ignore[no-untyped-def]
+def space_for(words):  # type: ignore[no-untyped-def]
+    """What ``best_tree`` works in."""
     top = 2 * words + 1
     return (
         np.empty((top, top)),
@@ -121,45 +115,3 @@ def _space(words):  # type: ignore[no-untyped-def]
         np.empty((top, top), np.int64),
         np.empty((top, top), np.int64),
     )
-
-
-@compiled()
-def k_best(tables, lengths, single, heads, first, step):  # type: ignore[no-untyped-def]
-    """heads [k, B, T], -1 on entry: the best trees, best first, 0 at padding; -1 where there are fewer."""
-    k, rows, words = heads.shape
-    space = _space(words)
-    most = 1 + (k - 1) * words
-    trees, scores = np.zeros((most, words), np.int64), np.empty(most)
-    starts, banned = np.empty(most, np.int64), np.empty((most, words + 1), np.bool_)
-    now = np.empty(words + 1, np.bool_)
-    for b in range(first, rows, step):
-        n, table = lengths[b], tables[b]
-        now[:] = False
-        count, parent, start = 0, 0, 0
-        for rank in range(k):
-            # the first time, all trees; then the sets that the tree found last leaves of its own set
-            for at in range(start, n if rank > 0 else 1):
-                if rank > 0:
-                    if at == start:
-                        now[:] = banned[parent]
-                    else:
-                        now[:] = False
-                    now[trees[parent, at]] = True
-                if best_tree(table, n, single, trees[parent], at, now, space, trees[count]):
-                    total = 0.0
-                    for d in range(n):
-                        h = trees[count, d]
-                        total += table[d if h == 0 else h - 1, d]
-                    scores[count], starts[count] = total, at
-                    banned[count] = now
-                    count += 1
-            parent = -1
-            for i in range(count):
-                if scores[i] > -math.inf and (parent < 0 or scores[i] > scores[parent]):
-                    parent = i
-            if parent < 0:
-                break
-            heads[rank, b, :n] = trees[parent, :n]
-            heads[rank, b, n:] = 0
-            start = starts[parent]
-            scores[parent] = -math.inf  # it has been found

@@ -175,30 +175,34 @@ def sample(arcs, lengths, single, seeds, heads, good, first, step):  # type: ign
 
 
 @compiled(error_model="numpy")
-def viterbi(scores, lengths, single, heads, possible, first, step):  # type: ignore[no-untyped-def]
-    """heads [B, T], 0 on entry: a tree of the highest score, by scores [B, T, T]; left alone where none is possible."""
-    rows, words, _ = scores.shape
+def space_for(words):  # type: ignore[no-untyped-def]
+    """What ``best_tree`` works in."""
     tables, under = _tables(words)
-    todo, state = np.empty((4 * words + 4, 3), np.int64), np.empty(1, np.uint64)
+    return tables, under, np.empty((4 * words + 4, 3), np.int64), np.empty(1, np.uint64)
+
+
+@compiled(error_model="numpy")
+def best_tree(scores, n, single, space, heads):  # type: ignore[no-untyped-def]
+    """Writes the heads of a tree of the highest score, by scores [T, T]; False if there is none."""
+    tables, under, todo, state = space
     right, right_end, left, left_end, ahead, back = tables
     wide = tables.shape[2]
-    for b in range(first, rows, step):
-        n = lengths[b]
-        tables[:, :n], under[:] = -math.inf, -math.inf
-        under[0, 0] = 0.0
-        for j in range(n):
-            right[j, j] = right_end[j, j] = left[j, j] = left_end[j, j] = 0.0
-            for i in range(j - 1, -1, -1):
-                w = j - i
-                gap = highest(right, i * wide + i, left_end, j * wide + i + 1, w)
-                ahead[i, j] = scores[b, i, j] + gap
-                back[j, i] = scores[b, j, i] + gap
-                right[i, j] = right_end[j, i] = highest(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w)
-                left[i, j] = left_end[j, i] = highest(left, i * wide + i, back, j * wide + i, w)
-        for r in range(n):
-            start = left[0, r] if single else highest(under, 0, left_end, r * wide, r + 1)
-            under[1, r] = scores[b, r, r] + start
-            under[0, r + 1] = highest(under, wide, right_end, r * wide, r + 1)
-        possible[b] = under[0, n] > -math.inf
-        if possible[b]:
-            _read(n, single, tables, under, todo, state, False, heads[b])
+    tables[:, :n], under[:] = -math.inf, -math.inf
+    for j in range(n):
+        right[j, j] = right_end[j, j] = left[j, j] = left_end[j, j] = 0.0
+        for i in range(j - 1, -1, -1):
+            w = j - i
+            gap = highest(right, i * wide + i, left_end, j * wide + i + 1, w)
+            ahead[i, j] = scores[i, j] + gap
+            back[j, i] = scores[j, i] + gap
+            right[i, j] = right_end[j, i] = highest(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w)
+            left[i, j] = left_end[j, i] = highest(left, i * wide + i, back, j * wide + i, w)
+    under[0, 0] = 0.0
+    for r in range(n):
+        start = left[0, r] if single else highest(under, 0, left_end, r * wide, r + 1)
+        under[1, r] = scores[r, r] + start
+        under[0, r + 1] = highest(under, wide, right_end, r * wide, r + 1)
+    possible = under[0, n] > -math.inf
+    if possible:
+        _read(n, single, tables, under, todo, state, False, heads)
+    return possible
