@@ -39,9 +39,9 @@ def pronunciations() -> dict[str, list[list[str]]]:
     return words
 
 
-def split_words() -> Split[str]:
-    """The words, 90 / 5 / 5 % in the order of ``numpy.random.default_rng(0).permutation`` over the dictionary's."""
-    return random_split(list(pronunciations()))
+def split_words(seed: int = 0) -> Split[str]:
+    """The words, 90 / 5 / 5 % in the order of ``numpy.random.default_rng(seed).permutation`` over the dictionary's."""
+    return random_split(list(pronunciations()), seed=seed)
 
 
 def stress_tagging() -> Split[TaggedSentence]:
@@ -57,15 +57,19 @@ def stress_tagging() -> Split[TaggedSentence]:
     return Split(train, dev, test)
 
 
-def letters_to_phonemes() -> Split[Pronunciation]:
-    """Words and their distinct pronunciations without stress; a prediction is right if it is any of them."""
+def letters_to_phonemes(seed: int = 0) -> Split[Pronunciation]:
+    """Words and their distinct pronunciations without stress; a prediction is right if it is any of them.
+
+    Args:
+        seed: of ``split_words``.
+    """
     known = pronunciations()
 
     def examples(words: list[str]) -> list[Pronunciation]:
         spoken = ((word, [tuple(tag_stress(p).words) for p in known[word]]) for word in words)
         return [Pronunciation(word, list(dict.fromkeys(ways))) for word, ways in spoken]
 
-    return Split(*map(examples, split_words()))
+    return Split(*map(examples, split_words(seed)))
 
 
 def tag_stress(phonemes: list[str]) -> TaggedSentence:

@@ -36,14 +36,14 @@ class NGrams(NamedTuple):
     @property
     def begin(self) -> int:
         """The node of the beginning."""
-        return int(np.searchsorted(self.tokens[1 : self.children[1]], self.size)) + 1
+        return self.size + 1
 
     def arrays(self) -> tuple[Array, Array, Array, Array, Array]:
         """What the kernels take."""
         return self.children, self.tokens, self.logs, self.backoffs, self.suffixes
 
     def log_probs(self, strings: Sequence[Sequence[int]]) -> Array:
-        """Log probability of each string, its end included; -inf for a token that is none of the model's."""
+        """Log probability of each string of tokens from 0 to size - 1, its end included."""
         ended = [[*x, self.size + 1] for x in strings]
         ends = np.concatenate([[0], np.cumsum([len(x) for x in ended], dtype=np.int64)]).astype(np.int64)
         joined = np.concatenate([np.asarray(x, dtype=np.int64) for x in ended]) if ended else np.zeros(0, np.int64)
@@ -67,27 +67,30 @@ def kneser_ney(strings: Sequence[Sequence[int]], size: int, order: int) -> NGram
     lengths = np.array([len(x) + 2 for x in strings], dtype=np.int64)
     text = np.concatenate([np.asarray([size, *x, size + 1], dtype=np.int64) for x in strings])
     position = np.arange(len(text)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its string
-    inner = text[(text != size) & (text != size + 1)]
+    inner = text[(position > 0) & (position < np.repeat(lengths, lengths) - 1)]
     if inner.size and not 0 <= inner.min() <= inner.max() < size:
         raise ValueError(f"strings: expected tokens from 0 to {size - 1}")
     base = size + 2
     # level by level: the node of the k tokens that end at each position
-    nodes = [np.zeros(len(text), dtype=np.int64)]
-    parents, tokens, suffixes, counts, levels = [np.zeros(1, np.int64)], [np.zeros(1, np.int64) - 1], [], [], [0, 1]
-    suffixes.append(np.zeros(1, np.int64))
-    counts.append(np.zeros(1, np.int64))
+    root = np.zeros(1, dtype=np.int64)
+    nodes, levels = [np.zeros(len(text), dtype=np.int64)], [0, 1]
+    parents, tokens, suffixes, counts = [root], [root - 1], [root], [root]
     for k in range(1, order + 1):
         there = np.flatnonzero(position >= k - 1)
-        before = nodes[k - 1][there - 1] if k > 1 else np.zeros(len(there), np.int64)
-        code, first, at, occurrences = np.unique(
-            before * base + text[there], return_index=True, return_inverse=True, return_counts=True
-        )
+        if k == 1:  # all tokens, those that never come too
+            code, at, occurrences = np.arange(base), text, np.bincount(text, minlength=base)
+            above = np.zeros(base, np.int64)
+        else:
+            code, first, at, occurrences = np.unique(
+                nodes[k - 1][there - 1] * base + text[there], return_index=True, return_inverse=True, return_counts=True
+            )
+            above = nodes[k - 1][there][first]
         node = np.full(len(text), -1, dtype=np.int64)
         node[there] = at + levels[-1]
         nodes.append(node)
         parents.append(code // base)
         tokens.append(code % base)
-        suffixes.append(nodes[k - 1][there][first])
+        suffixes.append(above)
         counts.append(occurrences)
         levels.append(levels[-1] + len(code))
     parent, token, suffix, count = (np.concatenate(x) for x in (parents, tokens, suffixes, counts))

@@ -3,9 +3,9 @@
     p(x, y) = sum over the cuts into pairs of prod_k p(pair_k | pairs before),       y(x) = the best y of p(x, y)
 
 The pairs come from EM over all cuts (``math.chunk_pairs``), the n-grams from the best cut of each training pair
-(``math.ngrams``); decoding is a beam search over the pairs that spell x, whose hypotheses merge in the same n-gram
-context. Bisani and Ney (2008), "Joint-sequence models for grapheme-to-phoneme conversion"; Novak et al. (2016),
-"Phonetisaurus".
+(``math.ngrams``); decoding is a beam search over the pairs that spell x, in which cuts of one target that lead to the
+same n-gram context are summed. Bisani and Ney (2008), "Joint-sequence models for grapheme-to-phoneme conversion"; Novak
+et al. (2016), "Phonetisaurus".
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from probllm.math.chunk_pairs import CHUNKS, align_chunks
 from probllm.math.kernels import ngrams as kernels
 from probllm.math.kernels.threads import run_shares
 from probllm.math.ngrams import kneser_ney
+
+PRINT = 0x9E3779B97F4A7C15  # the base of targets' fingerprints
 
 
 class JointNGram:
@@ -57,6 +59,10 @@ class JointNGram:
         self._base, self._longest = len(self.letters) + 1, max(a for a, _ in chunks)
         codes = np.array([self._code(u) for u, _ in self.pairs])
         self._candidates = np.argsort(codes, kind="stable")
+        multipliers = [PRINT ** len(v) for _, v in self.pairs]
+        appended = [sum((y + 1) * PRINT ** (len(v) - 1 - i) for i, y in enumerate(v)) for _, v in self.pairs]
+        wrapped = [[x % 2**64 for x in both] for both in zip(multipliers, appended, strict=True)]
+        self._prints = np.array(wrapped, dtype=np.uint64).view(np.int64)  # of targets, as powers modulo 2^64
         self._starts = np.searchsorted(codes[self._candidates], np.arange(self._base**self._longest + 1))
 
     def _code(self, chunk: Sequence[int]) -> int:
@@ -83,8 +89,8 @@ class JointNGram:
         strings = np.zeros((len(known), kept, most), dtype=np.int64)
         sizes, scores = np.zeros((len(known), kept), dtype=np.int64), np.full((len(known), kept), -math.inf)
         arguments = (
-            joined, ends, self._starts, self._candidates, self._base, self._longest, self.ngrams.begin,
-            self.ngrams.size + 1, *self.ngrams.arrays(), beam, width, strings, sizes, scores,
+            joined, ends, self._starts, self._candidates, self._base, self._longest, self._prints,
+            self.ngrams.begin, self.ngrams.size + 1, *self.ngrams.arrays(), beam, width, strings, sizes, scores,
         )  # fmt: skip
         run_shares(kernels.decode, arguments, len(known), 1e6 * len(known))
         found = []

@@ -49,20 +49,23 @@ def score(strings, ends, begin, model_children, tokens, logs, backoffs, suffixes
 
 @compiled()
 def decode(  # type: ignore[no-untyped-def]
-    letters, ends, starts, candidates, base, longest, begin, final, children, tokens, logs, backoffs, suffixes, beam,
-    width, strings, sizes, scores, first, step
+    letters, ends, starts, candidates, base, longest, prints, begin, final, children, tokens, logs, backoffs,
+    suffixes, beam, width, strings, sizes, scores, first, step
 ):  # fmt: skip
     """The best strings of pairs whose letters spell each word: strings [N, K, most], sizes [N, K], scores [N, K].
 
     starts [codes + 1] and candidates: the pairs of each chunk of letters, by its code in this base; longest: the most
-    letters of a chunk. Strings that lead to one node are one hypothesis, its best; at each letter the ``beam`` best of
-    them go on, if within ``width`` nats of the best. sizes are 0 where there are fewer; scores start as -inf.
+    letters of a chunk. prints [pairs, 2]: by what a target's fingerprint is multiplied, and what is added, when a pair
+    is appended. Strings with one target that lead to one node are one hypothesis, with the sum of their probabilities;
+    at each letter the ``beam`` best of them go on, if within ``width`` nats of the best. sizes are 0 where there are
+    fewer; scores start as -inf.
     """
     cap = 1 << 15
     slots = cap * 2
     room = np.empty(cap)
     lanes = longest + 1
     state, score_of = np.empty((lanes, cap), np.int64), np.empty((lanes, cap))
+    print_of, way = np.empty((lanes, cap), np.int64), np.empty((lanes, cap))
     back, token_of = np.empty((lanes, cap), np.int64), np.empty((lanes, cap), np.int64)
     table, stamps = np.zeros((lanes, slots), np.int64), np.zeros((lanes, slots), np.int64)
     count, high, stamp = np.zeros(lanes, np.int64), np.empty(lanes), np.zeros(lanes, np.int64)
@@ -76,6 +79,7 @@ def decode(  # type: ignore[no-untyped-def]
         stamp += 1
         high[:] = -math.inf
         state[0, 0], score_of[0, 0], back[0, 0], token_of[0, 0], count[0] = begin, 0.0, -1, -1, 1
+        print_of[0, 0] = 1
         high[0] = 0.0
         pooled = 0
         for i in range(length + 1):
@@ -93,6 +97,7 @@ def decode(  # type: ignore[no-untyped-def]
                     taken += 1
                     pool_back[pooled], pool_token[pooled] = back[lane, h], token_of[lane, h]
                     here, node, so_far = pooled, state[lane, h], score_of[lane, h]
+                    target = print_of[lane, h]
                     pooled += 1
                     if i == length:  # keep what is finished, in order, for the end
                         gain, _ = follow(node, final, children, tokens, logs, backoffs, suffixes)
@@ -114,21 +119,25 @@ def decode(  # type: ignore[no-untyped-def]
                             total = so_far + gain
                             if total < high[to] - width:
                                 continue
-                            high[to] = max(high[to], total)
-                            slot = (after * 0x9E3779B1) & (slots - 1)
-                            while stamps[to, slot] == stamp[to] and state[to, table[to, slot]] != after:
+                            mine = target * prints[candidates[c], 0] + prints[candidates[c], 1]
+                            slot = ((after * 0x9E3779B1) ^ mine ^ (mine >> 29)) & (slots - 1)
+                            while stamps[to, slot] == stamp[to] and (
+                                state[to, table[to, slot]] != after or print_of[to, table[to, slot]] != mine
+                            ):
                                 slot = (slot + 1) & (slots - 1)
                             if stamps[to, slot] != stamp[to]:
                                 if count[to] == cap:
                                     continue
                                 stamps[to, slot], table[to, slot] = stamp[to], count[to]
-                                state[to, count[to]] = after
-                                score_of[to, count[to]] = -math.inf
+                                state[to, count[to]], print_of[to, count[to]] = after, mine
+                                score_of[to, count[to]] = way[to, count[to]] = -math.inf
                                 count[to] += 1
                             entry = table[to, slot]
-                            if total > score_of[to, entry]:
-                                score_of[to, entry], back[to, entry] = total, here
-                                token_of[to, entry] = candidates[c]
+                            if total > way[to, entry]:
+                                way[to, entry], back[to, entry], token_of[to, entry] = total, here, candidates[c]
+                            low, top = min(total, score_of[to, entry]), max(total, score_of[to, entry])
+                            score_of[to, entry] = top + math.log1p(math.exp(low - top))
+                            high[to] = max(high[to], score_of[to, entry])
             count[lane] = 0
             stamp[lane] += 1
             high[lane] = -math.inf
