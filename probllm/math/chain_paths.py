@@ -146,7 +146,10 @@ def _paths(*arguments: Any) -> tuple[Tensor, Tensor]:
 @untraced
 def _search(search: Search, chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
     """Sequences ``[N, B, T]`` and, from a search that has them, scores ``[N, B]``."""
-    return _paths(*chain[:5], extra, search)
+    if torch._C._are_functorch_transforms_active():
+        return _paths(*chain[:5], extra, search)
+    plain = [x.detach() for x in chain[:4]]
+    return search(Chain(plain[0], plain[1], plain[2], plain[3], chain.lengths, chain.batch_shape), extra)
 
 
 def _best(chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,37 +158,28 @@ def _best(chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
         return chain_torch.best_paths(*chain[:5]).unsqueeze(0), no_scores
     emissions, transitions, start, end, lengths = (x.contiguous().numpy() for x in chain[:5])
     rows, steps, k = emissions.shape
-    groups = transitions.shape[0]
+    groups, times = transitions.shape[:2]
     paths = np.empty((rows, steps), np.int64)
-    if not rows:
-        return torch.from_numpy(paths).unsqueeze(0), no_scores
-    if np.isnan(transitions).any() or (transitions == np.inf).any():
-        raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
-    flags = np.zeros(rows, np.int64)
-    in_group = rows // groups
-    order = (
-        np.argsort(-lengths.reshape(groups, in_group), axis=1, kind="stable") + in_group * np.arange(groups)[:, None]
-    )
-    # transitions larger than float32 resolves are taken in float64 from the start
-    finite = transitions[np.isfinite(transitions)]
-    wide = bool(finite.size) and float(np.abs(finite).max()) > kernels.SPAN32
-    dtypes: list[type] = [np.float64] if wide or emissions.dtype == np.float64 else [np.float32, np.float64]
-    for dtype in dtypes:
-        blocks = np.full((groups, -(-order.shape[1] // 4) * 4), -1, np.int64)
-        blocks[:, : order.shape[1]] = order
-        table: np.ndarray = np.full((groups, transitions.shape[1], k, padded(k)), -np.inf, dtype)
-        back = table.copy()
-        table[..., :k], back[..., :k] = transitions, transitions.swapaxes(-1, -2)
-        arguments = (emissions, start, end, lengths, table, back, blocks.reshape(-1), paths, flags)
-        run_shares(kernels.best, arguments, blocks.size // 4, 0.045 * rows * steps * k * (k + 32))
-        if (flags & BROKEN).any():
-            raise ValueError(
-                f"emissions, start or end: a score of row {np.flatnonzero(flags & BROKEN)[0]} of the batch is "
-                "NaN or +inf (-inf forbids)"
-            )
+    flags = np.full(rows, kernels.FAR)
+    blocks, n = groups * ((rows // groups + 3) // 4) if rows else 0, groups * times
+    for dtype in (np.float32, np.float64) if emissions.dtype == np.float32 else (np.float64,):
+        both, highest = np.empty((2, groups, times, k, padded(k)), dtype), np.empty(n)
+        arguments = (transitions.reshape(n, k, k), *both.reshape(2, n, k, both.shape[-1]), highest)
+        run_shares(kernels.tables, arguments, n, 2.0 * n * k * k)
+        greatest = highest.max(initial=0.0)
+        if greatest != greatest:
+            raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
+        if dtype is np.float32 and greatest > kernels.SPAN32:
+            continue
+        arguments = (emissions, start, end, lengths, *both, paths, flags)
+        run_shares(kernels.best, arguments, blocks, 0.02 * rows * steps * k * (k + 32))
         if not flags.any():
             break
-        order = np.where(flags[order] != 0, order, -1)  # the rest again, in float64
+        if (flags == BROKEN).any():
+            raise ValueError(
+                f"emissions, start or end: a score of row {(flags == BROKEN).argmax()} of the batch is NaN or +inf "
+                "(-inf forbids)"
+            )
     return torch.from_numpy(paths).unsqueeze(0), no_scores
 
 

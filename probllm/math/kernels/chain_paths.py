@@ -15,52 +15,87 @@ import math
 
 import numpy as np
 
+from probllm.math.kernels.chain_scaled import by_falling_length
 from probllm.math.kernels.compiled import compiled
-from probllm.math.kernels.exponentials import BROKEN, extremes, lowest_allowed, row_scores
+from probllm.math.kernels.exponentials import BROKEN, lowest_allowed, outer_steps
 from probllm.math.kernels.tiles import best4
-from probllm.math.kernels.vectors import climb, highest_sum
+from probllm.math.kernels.vectors import climb, highest_sum, reach
 
 FAR = 1
-# scores larger than this (in nats) lose digits in float32
+# scores beyond this (in nats) lose digits in float32
 SPAN32 = 2000.0
 
 
 @compiled()
-def best(emissions, start, end, lengths, forth, back, order, paths, flags, first, step):  # type: ignore[no-untyped-def]
+def tables(transitions, forth, back, highest, first, step):  # type: ignore[no-untyped-def]
+    """forth and back [N, K, P]: transitions [N, K, K] as they are and transposed, padded with -inf; one share.
+
+    highest [N]: the greatest absolute value of those that are not -inf; NaN if one is NaN or +inf.
+    """
+    n, k, _ = transitions.shape
+    for m in range(first, n, step):
+        block = transitions[m].reshape(k * k)
+        high = reach(block, k * k)
+        if not high < math.inf:
+            low, high, broken = lowest_allowed(block, 0, k * k)
+            high = math.nan if broken else max(high, -low, 0.0)
+        highest[m] = high
+        for i in range(k):
+            for j in range(k):
+                forth[m, i, j] = transitions[m, i, j]
+                back[m, j, i] = transitions[m, i, j]
+            for j in range(k, forth.shape[2]):
+                forth[m, i, j] = back[m, i, j] = -math.inf
+
+
+@compiled()
+def search_flag(emissions, n, ends, narrow):  # type: ignore[no-untyped-def]
+    """0, FAR or BROKEN for a row of n steps, whose first and last step are in ``ends`` too."""
+    flat = emissions.reshape(emissions.size)
+    size = n * emissions.shape[1]
+    limit = SPAN32 if narrow else 1e300
+    if reach(flat, size) <= limit and reach(ends, ends.size) <= limit:
+        return 0
+    low, high, broken = lowest_allowed(flat, 0, size)
+    low_end, high_end, broken_end = lowest_allowed(ends, 0, ends.size)
+    if broken or broken_end:
+        return BROKEN
+    return FAR if narrow and max(high, high_end, -low, -low_end) > SPAN32 else 0
+
+
+@compiled()
+def best(emissions, start, end, lengths, forth, back, paths, flags, first, step):  # type: ignore[no-untyped-def]
     """One share of the blocks of four rows.
 
-    forth and back [G, S, K, P]: transitions and their transposes, padded with -inf from K to whole vectors
-    order: rows of the batch, four a block, all of one group; -1 is an empty place
-    paths [B, T]; flags [B]: 0, FAR (do the row again in float64) or BROKEN (NaN or +inf)
+    forth and back [G, S, K, P]: from ``tables``
+    flags [B]: rows that are not FAR are passed over; left 0, FAR (do the row again in float64) or BROKEN (NaN or +inf)
+    paths [B, T]
     """
     rows, steps, k = emissions.shape
-    times, width = forth.shape[1], forth.shape[3]
-    in_group = rows // forth.shape[0]
+    groups, times, _, width = forth.shape
+    in_group = rows // groups
+    blocks = (in_group + 3) // 4
+    order = by_falling_length(lengths, groups, steps)
     narrow = forth.itemsize == 4
-    zero = forth.dtype.type(0)
     y = np.empty((4, width), forth.dtype)
-    q = np.empty((4, steps * width), forth.dtype)
+    ends = np.empty((4, 2 * width), forth.dtype)  # the first and the last step, with start and end
     seen = np.empty((steps, 4, width), forth.dtype)
     by = np.empty(4, forth.dtype)
     until, which = np.zeros(4, np.int64), np.zeros(4, np.int64)
-    for block in range(first, order.size // 4, step):
-        longest, g = 0, 0
+    for block in range(first, groups * blocks, step):
+        g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
+        longest = 0
         y[:] = -np.inf
         y[:, :k] = 0
         seen[0] = -np.inf
-        for r in range(4):
-            b = which[r] = order[4 * block + r]
-            until[r], by[r] = 0, zero
-            if b < 0:
+        until[:] = 0
+        for r in range(min(4, (g + 1) * in_group - begin)):
+            b = which[r] = order[begin + r]
+            if flags[b] != FAR:
                 continue
-            g, n = b // in_group, lengths[b]
-            _, flags[b] = row_scores(emissions[b], start[b], end[b], n, width, q[r])
-            if flags[b] != BROKEN:
-                if flags[b] == 0:
-                    low, high = extremes(q[r], 0, n * width)
-                else:
-                    low, high, _ = lowest_allowed(q[r], 0, n * width)
-                flags[b] = FAR if narrow and max(high, -low) > SPAN32 else 0
+            n, by[r] = lengths[b], 0
+            outer_steps(emissions[b], start[b], end[b], n, width, ends[r], width if n > 1 else 0)
+            flags[b] = search_flag(emissions[b], n, ends[r, : 2 * width if n > 1 else width], narrow)
             if flags[b] == 0:
                 until[r] = n
                 longest = max(longest, n)
@@ -68,11 +103,19 @@ def best(emissions, start, end, lengths, forth, back, order, paths, flags, first
             if t:
                 best4(seen[t - 1], forth[g, t - 1 if times > 1 else 0], y, k)
             for r in range(4):
-                if t < until[r]:
-                    by[r] = climb(y[r], by[r], q[r], t * width, seen[t, r], width)
-                    if by[r] == -np.inf:
-                        paths[which[r]] = -1
-                        until[r] = 0
+                n = until[r]
+                if t >= n:
+                    continue
+                there = (4 * t + r) * width
+                if 0 < t < n - 1:
+                    here = (which[r] * steps + t) * k
+                    by[r] = climb(y, r * width, by[r], emissions, here, k, seen, there, width)
+                else:
+                    here = (2 * r + (1 if t else 0)) * width
+                    by[r] = climb(y, r * width, by[r], ends, here, width, seen, there, width)
+                if by[r] == -np.inf:
+                    paths[which[r]] = -1
+                    until[r] = 0
         for r in range(4):
             n = until[r]
             if n == 0:
@@ -85,10 +128,10 @@ def best(emissions, start, end, lengths, forth, back, order, paths, flags, first
                     tag = j
             path[n - 1] = tag
             for t in range(n - 2, -1, -1):
-                column, here = back[g, t if times > 1 else 0, tag], seen[t, r]
-                high = highest_sum(here, column, width)
+                column, scores = back[g, t if times > 1 else 0, tag], seen[t, r]
+                high = highest_sum(scores, column, width)
                 tag = 0
-                while here[tag] + column[tag] != high:
+                while scores[tag] + column[tag] != high:
                     tag += 1
                 path[t] = tag
 

@@ -167,13 +167,12 @@ def lowest_allowed(x, first, last):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def outer_steps(emissions, start, end, n, width, q):  # type: ignore[no-untyped-def]
-    """Writes the first and the last step of ``row_scores``; returns what was taken out of them."""
+def outer_steps(emissions, start, end, n, width, q, last):  # type: ignore[no-untyped-def]
+    """The first step of ``row_scores`` at q[0:] and the last one at q[last:]; returns what was taken out of them."""
     k = emissions.shape[1]
     offset = 0.0
     for side in range(2):
-        t = n - 1 if side else 0
-        at = t * width
+        t, at = (n - 1, last) if side else (0, 0)
         extra = end if side else start
         if side == 0 or n > 1:
             for j in range(width):
@@ -205,7 +204,7 @@ def row_scores(emissions, start, end, n, width, q):  # type: ignore[no-untyped-d
                 q[t * width + j] = emissions[t, j]
             for j in range(k, width):
                 q[t * width + j] = emissions[t, 0]
-    offset = outer_steps(emissions, start, end, n, width, q)
+    offset = outer_steps(emissions, start, end, n, width, q, (n - 1) * width)
     if times_zero(q, 0, n * width) == 0:
         return offset, 0
     return offset, BROKEN if lowest_allowed(q, 0, n * width)[2] else WIDE
@@ -219,7 +218,7 @@ def exponentials(emissions, start, end, n, most, zeros, width, q, found):  # typ
     Returns (what was taken out, flag). The width - k columns behind each step hold 1.
     """
     k, last = emissions.shape[1], (n - 1) * width
-    offset = outer_steps(emissions, start, end, n, width, q)
+    offset = outer_steps(emissions, start, end, n, width, q, last)
     exp_steps(q, 0, width, 1, width, q, 0, found)
     low, high, total = found[0], found[1], found[2]
     offset += found[3]

@@ -36,6 +36,10 @@ class Emit:
     def data(self, type_: Any, value: Any) -> Any:
         return self.context.make_array(type_)(self.context, self.builder, value).data
 
+    def widened(self, value: Any) -> Any:
+        """A vector in this scalar type, from one at most as wide."""
+        return value if value.type == self.vector else self.builder.fpext(value, self.vector)
+
     def row_stride(self, type_: Any, value: Any) -> Any:
         """Elements from one row of a two-dimensional array to the next."""
         array = self.context.make_array(type_)(self.context, self.builder, value)
@@ -155,24 +159,56 @@ def _ahead(lanes: int) -> Any:
 
 
 def _climb(lanes: int) -> Any:
-    """(y, by, q, here, x, width): x = y - by + q[here:]; returns the greatest entry."""
+    """(y, at, by, scores, here, k, x, there, width): x = y - by + scores; returns the greatest entry."""
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def climb(typingctx: Any, y: Any, by: Any, q: Any, here: Any, x: Any, width: Any) -> Any:
+    def climb(
+        typingctx: Any, y: Any, at: Any, by: Any, scores: Any, here: Any, k: Any, x: Any, there: Any, width: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = Emit(context, builder, sig.args[0].dtype, lanes)
-            y_data, q_data, x_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 4))
-            base, high = emit.spread(arguments[1]), emit.variable(-math.inf)
-            with emit.vectors(arguments[5]) as (v, _):
-                value = builder.fsub(emit.load(y_data, v), base)
-                value = emit.plus(value, emit.load(q_data, builder.add(v, arguments[3])))
-                emit.store(value, x_data, v)
+            emit, given = (Emit(context, builder, sig.args[i].dtype, lanes) for i in (0, 3))
+            y_data, s_data, x_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 3, 6))
+            _, at, by, _, here, k, _, there, width = arguments
+            base, high = emit.spread(by), emit.variable(-math.inf)
+            nothing = ir.Constant(given.vector, [given.scalar(0.0)] * lanes)
+            with emit.vectors(width) as (v, _):
+                score = given.load_some(s_data, builder.add(here, v), builder.sub(k, v), nothing)
+                value = builder.fsub(emit.load(y_data, builder.add(at, v)), base)
+                value = emit.plus(value, emit.widened(score))
+                emit.store(value, x_data, builder.add(there, v))
                 emit.raise_to(high, value)
             return emit.highest(high)
 
-        return by(y, by, q, here, x, width), generate
+        return by(y, at, by, scores, here, k, x, there, width), generate
 
     return climb
+
+
+def _reach(lanes: int) -> Any:
+    """(x, size): the greatest absolute value."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def reach(typingctx: Any, x: Any, size: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
+            data, bits = emit.data(sig.args[0], arguments[0]), 8 * emit.bytes
+            integers, nothing = ir.VectorType(ir.IntType(bits), lanes), ir.Constant(emit.vector, None)
+            no_sign = ir.Constant(integers, [integers.element(2 ** (bits - 1) - 1)] * lanes)
+            high = cgutils.alloca_once_value(builder, ir.Constant(integers, None))
+            with emit.vectors(arguments[1]) as (v, _):
+                value = emit.load_some(data, v, builder.sub(arguments[1], v), nothing)
+                # without their sign, numbers are in the order of their bits, infinity and NaN above all others
+                value, before = builder.and_(builder.bitcast(value, integers), no_sign), builder.load(high)
+                builder.store(builder.select(builder.icmp_signed(">", value, before), value, before), high)
+            signature = ir.FunctionType(integers.element, [integers])
+            function = cgutils.get_or_insert_function(
+                builder.module, signature, f"llvm.vector.reduce.smax.v{lanes}i{bits}"
+            )
+            return builder.bitcast(builder.call(function, [builder.load(high)]), emit.scalar)
+
+        return x.dtype(x, size), generate
+
+    return reach
 
 
 def _highest_sum(lanes: int) -> Any:
@@ -291,6 +327,7 @@ def _shift(lanes: int) -> Any:
 
 _ahead4, _ahead8, _ahead16 = _ahead(4), _ahead(8), _ahead(16)
 _climb4, _climb8, _climb16 = _climb(4), _climb(8), _climb(16)
+_reach16 = _reach(16)
 _highest4, _highest8, _highest16 = _highest_sum(4), _highest_sum(8), _highest_sum(16)
 _behind4, _behind8, _behind16 = _behind(4), _behind(8), _behind(16)
 _product4, _product8, _product16 = _product(4), _product(8), _product(16)
@@ -309,14 +346,21 @@ def ahead(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
     return _ahead4(y, by, q, here, x, width)
 
 
-@compiled()
-def climb(y, by, q, here, x, width):  # type: ignore[no-untyped-def]
-    """x = y - by + q[here:here + width]; returns the greatest entry. No NaN, no +inf."""
+@compiled(inline="always")  # a call would copy the many arrays' headers
+def climb(y, at, by, scores, here, k, x, there, width):  # type: ignore[no-untyped-def]
+    """x[there:] = y[at:] - by + the k scores at ``here`` (behind them 0), arrays taken as flat; returns the greatest
+    entry. No NaN, no +inf."""
     if width % 16 == 0:
-        return _climb16(y, by, q, here, x, width)
+        return _climb16(y, at, by, scores, here, k, x, there, width)
     if width % 8 == 0:
-        return _climb8(y, by, q, here, x, width)
-    return _climb4(y, by, q, here, x, width)
+        return _climb8(y, at, by, scores, here, k, x, there, width)
+    return _climb4(y, at, by, scores, here, k, x, there, width)
+
+
+@compiled()
+def reach(x, size):  # type: ignore[no-untyped-def]
+    """The greatest absolute value of x[:size]; NaN if there is a NaN."""
+    return _reach16(x, size)
 
 
 @compiled()
