@@ -211,8 +211,8 @@ class LinearGaussianSSM(GaussianStreaming, GaussianLearning, TorchDistribution):
         p = self.parameters
 
         def noise(root: Tensor, *lead: int) -> Tensor:
-            white = torch.randn(*shape, *lead, root.shape[-2], dtype=root.dtype, device=root.device)
-            return apply(white, root)
+            white = torch.randn(*shape, *lead, root.shape[-2], dtype=self._dtype, device=root.device)
+            return apply(white.double(), root)
 
         start = p.mean + noise(p.initial_noise())
         pushes = p.drift + noise(p.noise_root, steps if p.moves_first else steps - 1)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probllm.math.chain import is_wrapped
 from probllm.math.gaussian_paths import smooth
 from probllm.math.gaussian_steps import Chain, apply, safe_cholesky
 
@@ -115,12 +116,14 @@ def expected_statistics(chain: Chain, lengths: Tensor | None, observed: Tensor |
 
 def _observations(chain: Chain, seen: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """E[x], E[z' x] and E[x' x] of each step, what is missing filled in: x = z A + a + noise of covariance V."""
+    value = torch.where(seen, chain.value, torch.zeros_like(chain.value)).double()
+    if not is_wrapped(seen) and torch.equal(seen.any(-1), seen.all(-1)):  # no step is seen in part
+        return value, mean.unsqueeze(-1) * value.unsqueeze(-2), value.unsqueeze(-1) * value.unsqueeze(-2)
     one = seen.double()
     here, gone = torch.diag_embed(one), torch.diag_embed(1 - one)
     error = 0.5 * (chain.error + chain.error.mT)
     factor, _ = safe_cholesky(here @ error @ here + gone)
     fill = torch.cholesky_solve(here @ error @ gone, factor)  # [..., o, o]: from seen residuals to missing entries
-    value = torch.where(seen, chain.value, torch.zeros_like(chain.value))
     a = chain.emission @ (gone - here @ fill)
     constant = value + apply(chain.offset, gone) + apply(value - chain.offset, here @ fill)
     spread = gone @ error @ gone - fill.mT @ here @ error @ gone

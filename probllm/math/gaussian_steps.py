@@ -136,6 +136,8 @@ def safe_cholesky(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def apply(row: Tensor, matrix: Tensor) -> Tensor:
     """The row vector ``[..., n]`` times the matrix ``[..., n, m]``."""
+    if matrix.shape[:-2].numel() == 1 and row.dim() >= matrix.dim() - 1:
+        return row @ matrix.reshape(matrix.shape[-2:])
     return (row.unsqueeze(-2) @ matrix).squeeze(-2)
 
 

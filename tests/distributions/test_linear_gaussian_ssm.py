@@ -330,7 +330,7 @@ def test_reparametrised_and_score_function_gradients_are_the_exact_one() -> None
     found = torch.autograd.grad(each.mean(), parts, retain_graph=True)
     score = torch.autograd.grad((each.detach() * q.log_prob(samples.detach())).mean(), parts)
     for a, b, c in zip(exact, found, score, strict=True):
-        scale = float(a.abs().max()) + float(each.mean())
+        scale = float(a.abs().max()) + float(each.detach().mean())
         assert float((a - b).abs().max()) < 0.06 * scale
         assert float((a - c).abs().max()) < 0.25 * scale
 
