@@ -17,7 +17,7 @@ The marginals do not subtract either. Walk from a word to a head drawn by weight
     P(h is the head of d) is proportional to A[h, d] esc(h, d),  esc: the chance to meet the root before d from h
 
 and esc for all pairs is an elimination of half of the words, for each half, then of half of the rest: 2 T^3 in all.
-On the CPU all of this runs compiled, in probability space where that is certain to be exact, else as here.
+On the CPU all of this runs compiled, in probability space where that is certain to be exact, else in log space.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from probllm.math.chain_torch import safe_logsumexp
 from probllm.math.kernels import matrix_tree as kernels
+from probllm.math.kernels import matrix_tree_log as log_kernels
 from probllm.math.kernels import wilson
 from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
@@ -209,10 +210,14 @@ def _forward(
     marginals = torch.from_numpy(found) if keep else None
     if not good.all():
         bad = torch.from_numpy(~good)
-        plain, sizes = arcs.detach()[bad], lengths[bad]
-        total[bad] = log_partition_torch(plain, sizes, single_root)
+        scores, sizes, count = arcs.detach()[bad].double(), lengths[bad].long(), int(bad.sum())
+        again = torch.zeros(count, dtype=torch.float64)
+        expected = torch.zeros(count if keep else 0, words, words, dtype=torch.float64)
+        wide = (scores.numpy(), sizes.numpy(), single_root, keep, again.numpy(), expected.numpy())
+        run_shares(log_kernels.sums, wide, count, 30.0 * count * words**3)
+        total[bad] = again
         if marginals is not None:
-            marginals[bad] = marginals_torch(plain, sizes, single_root)
+            marginals[bad] = expected
     return total, marginals
 
 
