@@ -3,148 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from probllm.distributions import LinearGaussianSSM
-from probllm.math.gaussian_em import RegressionPrior
-
-
-class Case(NamedTuple):
-    law: LinearGaussianSSM
-    value: Tensor  # [*batch, T, o]
-    observed: Tensor | None  # [*batch, T, o]
-    arguments: tuple[Any, ...]
-    lengths: Tensor  # [*batch]
-
-    @property
-    def seen(self) -> Tensor:
-        """``[*batch, T, o]``: real and observed."""
-        real = (torch.arange(self.value.shape[-2]) < self.lengths.unsqueeze(-1)).unsqueeze(-1).expand(self.value.shape)
-        return real if self.observed is None else real & self.observed
-
-    @property
-    def present(self) -> Tensor:
-        """``[*batch, T, d]``: states that are no padding."""
-        real = torch.arange(self.value.shape[-2]) < self.lengths.unsqueeze(-1)
-        return real.unsqueeze(-1).expand(*real.shape, self.law.state_size)
-
-
-def normal_law(generator: torch.Generator, *shape: int, diagonal: bool = False) -> Any:
-    mean = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    if diagonal:
-        return dist.Normal(mean, 0.3 + torch.rand(*shape, generator=generator, dtype=torch.float64)).to_event(1)
-    a = torch.randn(*shape, shape[-1], generator=generator, dtype=torch.float64)
-    return dist.MultivariateNormal(mean, a @ a.mT + 0.3 * torch.eye(shape[-1]))
-
-
-@st.composite
-def cases(draw: st.DrawFn, masks: bool = True) -> Case:
-    """Shared parameters or own, by step or not, full and diagonal, both conventions, lengths, missing entries."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    steps, d, o = draw(st.sampled_from([(4, 2, 2), (3, 3, 1), (1, 2, 2), (5, 1, 2), (2, 2, 3)]))
-    batch = draw(st.sampled_from([(), (2,), (2, 1), (1,)]))
-    first = draw(st.booleans())
-    n = steps if first else steps - 1
-    move = draw(st.sampled_from([(), (1,), (*batch, 1), *([(*batch, n), (n,)] if n else [])]))
-    sight = draw(st.sampled_from([(), (1,), (*batch, 1), (*batch, steps), (steps,)]))
-    diagonal = draw(st.booleans())
-    arguments = (
-        normal_law(generator, *draw(st.sampled_from([(), batch])), d),
-        0.7 * torch.randn(*move, d, d, generator=generator, dtype=torch.float64),
-        normal_law(generator, *draw(st.sampled_from([(), move])), d, diagonal=diagonal),
-        torch.randn(*sight, d, o, generator=generator, dtype=torch.float64),
-        normal_law(generator, *draw(st.sampled_from([(), sight])), o, diagonal=diagonal),
-    )
-    lengths = torch.randint(1, steps + 1, batch, generator=generator) if masks and draw(st.booleans()) else None
-    law = LinearGaussianSSM(*arguments, duration=steps, lengths=lengths, moves_first=first)
-    value = torch.randn(*batch, steps, o, generator=generator, dtype=torch.float64)
-    observed = torch.rand(value.shape, generator=generator) < 0.6 if masks and draw(st.booleans()) else None
-    return Case(law, value, observed, arguments, torch.as_tensor(steps if lengths is None else lengths).expand(batch))
-
-
-class Dense(NamedTuple):
-    """Joint of the flat states and observations of each row, all steps real."""
-
-    mean: Tensor  # [*batch, T d + T o]
-    covariance: Tensor
-
-    def states(self, steps: int, d: int) -> Dense:
-        return Dense(self.mean[..., : steps * d], self.covariance[..., : steps * d, : steps * d])
-
-    def values(self, steps: int, d: int) -> Dense:
-        return Dense(self.mean[..., steps * d :], self.covariance[..., steps * d :, steps * d :])
-
-
-def dense(law: LinearGaussianSSM, arguments: tuple[Any, ...], steps: int, batch: torch.Size) -> Dense:
-    """By unrolling the generative story: every variable is a linear map of independent noises."""
-    initial, f, move, h, sight = arguments
-    d, o = h.shape[-2:]
-    first = bool(law.parameters.moves_first)
-    moves = steps if first else steps - 1
-    f, h = f if f.dim() > 2 else f.unsqueeze(0), h if h.dim() > 2 else h.unsqueeze(0)
-    f, h = f.expand(*batch, moves, d, d), h.expand(*batch, steps, d, o)
-
-    def moments(of: Any, *lead: int) -> tuple[Tensor, Tensor]:
-        n = of.event_shape[0]
-        covariance = torch.diag_embed(of.variance) if isinstance(of, dist.Independent) else of.covariance_matrix
-        return of.mean.expand(*lead, n), covariance.expand(*lead, n, n)
-
-    noises = [moments(initial, *batch)]
-    noises += list(zip(*(x.unbind(len(batch)) for x in moments(move, *batch, moves)), strict=True))
-    noises += list(zip(*(x.unbind(len(batch)) for x in moments(sight, *batch, steps)), strict=True))
-    total = sum(x[0].shape[-1] for x in noises)
-    eye = torch.eye(total, dtype=torch.float64).expand(*batch, total, total)
-    at, pieces = 0, []
-    for mean, _ in noises:
-        pieces.append(eye[..., at : at + mean.shape[-1]])
-        at += mean.shape[-1]
-    state, states, values = pieces[0], [], []
-    for t in range(steps):
-        if first or t:
-            i = t if first else t - 1
-            state = state @ f[..., i, :, :] + pieces[1 + i]
-        states.append(state)
-        values.append(state @ h[..., t, :, :] + pieces[1 + moves + t])
-    maps = torch.cat(states + values, -1)
-    mean = torch.cat([x[0] for x in noises], -1)
-    blocks = torch.zeros(*batch, total, total, dtype=torch.float64)
-    at = 0
-    for x, covariance in noises:
-        n = x.shape[-1]
-        blocks[..., at : at + n, at : at + n] = covariance
-        at += n
-    return Dense((mean.unsqueeze(-2) @ maps).squeeze(-2), maps.mT @ blocks @ maps)
-
-
-def of_rows(case: Case) -> list[tuple[Dense, Tensor, Tensor, Tensor]]:
-    """Of each row: the joint, its flat value, which values are seen and which states are real."""
-    joint = dense(case.law, case.arguments, case.value.shape[-2], case.lengths.shape)
-    n = max(1, case.lengths.numel())
-    flat = [x.reshape(n, *x.shape[len(case.lengths.shape) :]) for x in (*joint, case.value, case.seen, case.present)]
-    return [
-        (Dense(m, c), value.flatten(), seen.flatten(), real.flatten())
-        for m, c, value, seen, real in zip(*flat, strict=True)
-    ]
-
-
-def given_seen(row: tuple[Dense, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of all states given what is seen."""
-    joint, value, seen, _ = row
-    n = len(joint.mean) - len(value)
-    index = torch.arange(len(value))[seen] + n
-    c = joint.covariance
-    gain = torch.linalg.solve(c[index][:, index], c[index][:, :n]) if len(index) else c[index][:, :n]
-    return joint.mean[:n] + (value[seen] - joint.mean[index]) @ gain, c[:n, :n] - c[:n][:, index] @ gain
+from tests.distributions.dense_gaussian import Case, Dense, cases, dense, given_seen, normal_law, of_rows, shared_case
 
 
 @given(cases())
@@ -190,61 +61,6 @@ def test_posterior_is_the_conditional_of_the_dense_joint(case: Case) -> None:
     torch.testing.assert_close(posterior.entropy(), torch.stack(entropy).view(batch), rtol=1e-6, atol=1e-7)
     joint = law.log_prob_joint(path, case.value, case.observed)
     torch.testing.assert_close(joint, posterior.log_prob(path) + law.log_prob(case.value, case.observed))
-
-
-@given(cases())
-def test_filter_steps_and_lags_are_conditionals(case: Case) -> None:
-    law, steps = case.law, case.value.shape[-2]
-    found = law.filter(case.value, case.observed)
-    torch.testing.assert_close(found.log_prob.sum(-1), law.log_prob(case.value, case.observed))
-    for lag in range(3):
-        mean, covariance = law.fixed_lag(case.value, lag, case.observed)
-        for t in range(steps):
-            cut = torch.arange(steps).unsqueeze(-1) <= t + lag
-            row = case._replace(observed=case.seen & cut)
-            inside = case.present[..., t, :]
-            smooth = law.posterior(row.value, row.observed)
-            torch.testing.assert_close(mean[..., t, :], torch.where(inside, smooth.mean[..., t, :], 0.0))
-            torch.testing.assert_close(
-                covariance[..., t, :, :], torch.where(inside.unsqueeze(-1), smooth.covariance[..., t, :, :], 0.0)
-            )
-            if lag == 0:
-                torch.testing.assert_close(found.mean[..., t, :], mean[..., t, :])
-                torch.testing.assert_close(found.covariance[..., t, :, :], covariance[..., t, :, :])
-
-
-@given(cases())
-def test_streaming_is_the_batch(case: Case) -> None:
-    if case.law.lengths is not None:
-        return
-    law, steps = case.law, case.value.shape[-2]
-    found = law.filter(case.value, case.observed)
-    state, total, states = law.start(case.lengths.shape), [], []
-    for t in range(steps):
-        seen = None if case.observed is None else case.observed[..., t, :]
-        state, log_p = law.step(state, case.value[..., t, :], seen)
-        total.append(log_p)
-        states.append(state)
-        torch.testing.assert_close(state.mean, found.mean[..., t, :])
-        torch.testing.assert_close(state.covariance, found.covariance[..., t, :, :])
-    torch.testing.assert_close(torch.stack(total, -1), found.log_prob)
-    torch.testing.assert_close(state, found.state)
-    posterior = law.posterior(case.value, case.observed)
-    for t in range(steps - 1):
-        later = law.look_back(
-            states[t], case.value[..., t + 1 :, :], None if case.observed is None else case.observed[..., t + 1 :, :]
-        )
-        torch.testing.assert_close(later.mean, posterior.mean[..., t, :])
-        torch.testing.assert_close(later.covariance, posterior.covariance[..., t, :, :])
-        # Bayes: the whole is the beginning times what follows
-        rest = law.forecast(steps - t - 1, states[t])
-        after = rest.log_prob(
-            case.value[..., t + 1 :, :], None if case.observed is None else case.observed[..., t + 1 :, :]
-        )
-        torch.testing.assert_close(
-            found.log_prob[..., : t + 1].sum(-1) + after, law.log_prob(case.value, case.observed)
-        )
-    torch.testing.assert_close(law.forecast(steps).log_prob(case.value), law.log_prob(case.value))
 
 
 @given(cases(masks=False))
@@ -383,78 +199,6 @@ def test_without_the_first_move_is_with_a_first_move_that_stands_still() -> None
     two = LinearGaussianSSM(initial, moves, quiet, h, error)
     torch.testing.assert_close(one.log_prob(value), two.log_prob(value))
     torch.testing.assert_close(one.posterior(value).mean, two.posterior(value).mean)
-
-
-def shared_case(steps: int = 12, rows: int = 6) -> tuple[LinearGaussianSSM, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    law = LinearGaussianSSM(
-        normal_law(generator, 2), torch.tensor([[0.8, 0.3], [-0.2, 0.7]]).double(), normal_law(generator, 2),
-        torch.randn(2, 3, generator=generator).double(), normal_law(generator, 3), duration=steps,
-    )  # fmt: skip
-    value = law.sample((rows,))
-    return law, value, torch.rand(value.shape, generator=generator) < 0.8
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("with_prior", [True, False])
-@pytest.mark.parametrize("diagonal", [(), ("transition", "observation", "initial")])
-def test_no_iteration_of_em_lowers_the_objective(first: bool, with_prior: bool, diagonal: tuple[str, ...]) -> None:
-    _, value, observed = shared_case()
-    generator = torch.Generator().manual_seed(8)
-    lengths = torch.randint(1, 13, (6,), generator=generator)
-    start = LinearGaussianSSM(
-        normal_law(generator, 2), torch.eye(2).double(), normal_law(generator, 2),
-        torch.randn(2, 3, generator=generator).double(), normal_law(generator, 3, diagonal=True),
-        lengths=lengths, moves_first=first,
-    )  # fmt: skip
-    prior = None
-    if with_prior:
-        prior = {
-            name: RegressionPrior(torch.zeros(p, q).double(), 0.5 * torch.eye(p).double(), torch.eye(q).double(), 4.0)
-            for name, p, q in (("initial", 1, 2), ("transition", 3, 2), ("observation", 3, 3))
-        }
-    fitted, history = start.estimate(value, observed, iterations=12, tolerance=0.0, prior=prior, diagonal=diagonal)
-    gains = torch.tensor(history).double().diff()
-    assert len(history) == 12
-    assert bool((gains > -1e-8 * abs(history[-1])).all()), gains
-    assert history[-1] > history[0] + 1
-    if diagonal:
-        assert torch.equal(
-            fitted.parameters.noise, torch.diag_embed(fitted.parameters.noise.diagonal(dim1=-2, dim2=-1))
-        )
-
-
-def test_em_stands_still_where_the_gradient_is_zero() -> None:
-    law, value, observed = shared_case(steps=20, rows=40)
-    fitted, _ = law.estimate(value, observed, iterations=400, tolerance=0.0)
-    p = fitted.parameters
-    names = ("transition", "drift", "noise", "emission", "offset", "error")
-    parts = [getattr(p, name).clone().requires_grad_() for name in names]
-    again = fitted._of(p._replace(**dict(zip(names, parts, strict=True))), 20, None)
-    before = [getattr(law.parameters, name).clone().requires_grad_() for name in names]
-    at_start = law._of(law.parameters._replace(**dict(zip(names, before, strict=True))), 20, None)
-    slopes, first = (
-        torch.autograd.grad(q.log_prob(value, observed).sum(), x) for q, x in ((again, parts), (at_start, before))
-    )
-    assert max(float(x.abs().max()) for x in slopes) < 0.1 * max(float(x.abs().max()) for x in first)
-
-
-def test_expected_statistics_are_the_gradient_of_the_density() -> None:
-    """Fisher's identity: the gradient of log p(x) is the expected one of log p(z, x)."""
-    law, value, observed = shared_case(steps=5, rows=3)
-    found = law.expected_statistics(value, observed)
-    p = law.parameters
-    (w, noise), (v, error) = law._regressions()
-    moves = w.clone().requires_grad_()
-    sight = v.clone().requires_grad_()
-    again = law._of(
-        p._replace(
-            transition=moves[None, :-1], drift=moves[None, -1], emission=sight[None, :-1], offset=sight[None, -1]
-        ), 5, None,
-    )  # fmt: skip
-    slopes = torch.autograd.grad(again.log_prob(value, observed).sum(), (moves, sight))
-    for slope, part, coefficients, covariance in zip(slopes, found[1:], (w, v), (noise, error), strict=True):
-        torch.testing.assert_close(slope, (part.cross - part.inputs @ coefficients) @ covariance.inverse())
 
 
 def test_pyro_runs_it_in_plates_with_observations_and_missing_ones() -> None:
