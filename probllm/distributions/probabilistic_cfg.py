@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from probllm.distributions.grammar_tree import GrammarTree, check_grammar, checked_unary
 from probllm.distributions.structure import expanded
-from probllm.math import cfg, recursion
+from probllm.math import cfg, low_rank_cfg, recursion
 from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.chain_torch import safe_logsumexp
 from probllm.math.masks import mask_from_lengths
@@ -209,7 +209,7 @@ class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
         spans = spans.reshape(rows, *spans.shape[-3:])
         if rows == 0:
             return sum(x.sum() for x in (spans, *flat)).expand(lead)  # type: ignore[union-attr]
-        log_z = recursion.log_partition(cfg.LOW_RANK, (spans, *flat), lengths.reshape(-1))
+        log_z = recursion.log_partition(low_rank_cfg.LOW_RANK, (spans, *flat), lengths.reshape(-1))
         return log_z.reshape(lead).to(spans.dtype)
 
     def posterior(self, value: Tensor, lengths: Tensor | None = None) -> GrammarTree:

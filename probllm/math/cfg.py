@@ -162,13 +162,13 @@ def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Te
     words = spans.diagonal(dim1=1, dim2=2).transpose(1, 2).contiguous().requires_grad_(keep)
     unary = unary.contiguous().requires_grad_(keep)
     with torch.set_grad_enabled(keep):
-        logs = _log_leaves(words, unary, n)
+        logs = log_leaves(words, unary, n)
     scales = logs.detach().amax(-1)
     leaves = torch.where(scales.unsqueeze(-1) > -torch.inf, logs.detach() - _finite(scales).unsqueeze(-1), -torch.inf)
     greatest = _finite(rules.amax((-1, -2, -3)))
     top = _finite(root.amax(-1))
     tables = (rules - greatest[:, None, None, None]).exp()
-    careful = not (_within(rules, SAFE_RANGE) and _within(root, SAFE_RANGE))
+    careful = not (within(rules, SAFE_RANGE) and within(root, SAFE_RANGE))
     flags = np.zeros(rows, np.int64)
     if careful:  # what is not allowed is an exact zero, and nothing else may come near one
         small = kernels.LITTLE
@@ -267,7 +267,7 @@ def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _log_leaves(words: Tensor, unary: Tensor, n: int) -> Tensor:
+def log_leaves(words: Tensor, unary: Tensor, n: int) -> Tensor:
     """log beta ``[B, T, M]`` of single words, from scores ``[B, T, M]`` and unary rules ``[G, N, P]``."""
     below = words[..., n:]
     if bool((unary == -torch.inf).all()):
@@ -277,10 +277,9 @@ def _log_leaves(words: Tensor, unary: Tensor, n: int) -> Tensor:
     return torch.cat([single, below], -1)
 
 
-def _within(x: Tensor, nats: float) -> bool:
+def within(x: Tensor, nats: float) -> bool:
     """Whether the greatest and the least lie within a range; -inf lies in none."""
     return bool(x.amax() - x.amin() <= nats)
 
 
 RECURSION = Recursion(inside, forward, backward)
-LOW_RANK = Recursion(low_rank_inside)
