@@ -10,20 +10,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probllm.app.comparison import compare
-    from probllm.models import CRFTagger, HMMTagger, SoftmaxTagger
+    from probllm.models import (
+        HMM,
+        HSMM,
+        CRFTagger,
+        CTCTransducer,
+        DependencyParser,
+        HMMTagger,
+        HeadSelectionParser,
+        JointNGram,
+        SemiMarkovTagger,
+        SoftmaxTagger,
+    )
     from probllm.training import fit
 
 __version__ = "0.1.0"
 
-__all__ = ["CRFTagger", "HMMTagger", "SoftmaxTagger", "__version__", "compare", "fit"]
+__all__ = [
+    "HMM",
+    "HSMM",
+    "CRFTagger",
+    "CTCTransducer",
+    "DependencyParser",
+    "HMMTagger",
+    "HeadSelectionParser",
+    "JointNGram",
+    "SemiMarkovTagger",
+    "SoftmaxTagger",
+    "__version__",
+    "compare",
+    "fit",
+]
 
-_HOMES = {
-    "CRFTagger": "probllm.models",
-    "HMMTagger": "probllm.models",
-    "SoftmaxTagger": "probllm.models",
-    "compare": "probllm.app.comparison",
-    "fit": "probllm.training",
-}
+_MODELS = [name for name in __all__ if name[0].isupper()]
+_HOMES = dict.fromkeys(_MODELS, "probllm.models") | {"compare": "probllm.app.comparison", "fit": "probllm.training"}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from probllm.evaluation import EditErrors, bootstrap, edit_errors, paired_bootst
 from probllm.evaluation.plots import LINES
 
 QUESTION = "Do letters find their phonemes better if they are aligned first, or if all alignments are summed?"
-SMALL_SIZES = (10000, 500, 1500)  # words to train on, to stop by and to test on: two minutes in all
+SMALL_SIZES = (8000, 400, 1500)  # words to train on, to stop by and to test on: two minutes in all
 EXAMPLES = 3  # words that are drawn
 
 MEASURES = [

@@ -114,7 +114,7 @@ def ctc(name: str, encoder: Callable[[Task, bool], Encoder], rate: float) -> Cal
         pyro.set_rng_seed(training.seed)
         model = CTCTransducer(encoder(task, training.small), task.vocabulary.num_labels, FRAMES)
         learn, stop = (task.vocabulary.dataset(filter(fits, pairs_of(part))) for part in (task.train, task.dev))
-        epochs = training.epochs or (8 if training.small else 10)
+        epochs = training.epochs or (6 if training.small else 10)
         run = fit(
             model, learn, stop, epochs=epochs, batch_size=64 if training.small else BATCH, learning_rate=rate,
             folder=training.folder / name / f"seed-{training.seed}", resume=True, seed=training.seed,

@@ -9,6 +9,7 @@ from probllm.models.hmm import HMM
 from probllm.models.hmm_emissions import CategoricalEmissions, Emissions, PoissonEmissions
 from probllm.models.hmm_tagger import HMMTagger
 from probllm.models.hsmm import HSMM
+from probllm.models.joint_ngram import JointNGram
 from probllm.models.model import Model
 from probllm.models.semi_markov_tagger import SemiMarkovTagger
 from probllm.models.softmax_tagger import SoftmaxTagger
@@ -24,6 +25,7 @@ __all__ = [
     "GaussianEmissions",
     "HMMTagger",
     "HeadSelectionParser",
+    "JointNGram",
     "MixtureEmissions",
     "Model",
     "PoissonEmissions",
