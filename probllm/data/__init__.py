@@ -8,6 +8,14 @@ from probllm.data.bio import (
     spans_from_tags,
     tags_from_spans,
 )
+from probllm.data.brackets import (
+    Constituent,
+    chart_from_tree,
+    chart_labels,
+    parse_brackets,
+    read_brackets,
+    tree_from_chart,
+)
 from probllm.data.captions import CaptionedImage, load_image, read_captioned_images
 from probllm.data.conll import (
     TaggedSentence,
@@ -41,6 +49,7 @@ __all__ = [
     "Batch",
     "Batches",
     "CaptionedImage",
+    "Constituent",
     "Dataset",
     "Digits",
     "Example",
@@ -62,6 +71,8 @@ __all__ = [
     "WordClasses",
     "WordPieces",
     "bio_rules",
+    "chart_from_tree",
+    "chart_labels",
     "digits",
     "emoji_glyphs",
     "emoji_languages",
@@ -71,10 +82,12 @@ __all__ = [
     "labels_of_tags",
     "letters_to_phonemes",
     "load_image",
+    "parse_brackets",
     "projectivise",
     "pronunciations",
     "python_reference",
     "random_split",
+    "read_brackets",
     "read_captioned_images",
     "read_conll",
     "read_conllu",
@@ -90,6 +103,7 @@ __all__ = [
     "stress_tagging",
     "tags_from_segmentation",
     "tags_from_spans",
+    "tree_from_chart",
     "turkish_treebank",
     "write_conll",
     "write_conllu",

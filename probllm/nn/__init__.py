@@ -15,9 +15,10 @@ from probllm.nn.embeddings import (
 from probllm.nn.encoder import Encoder
 from probllm.nn.feedforward import FeedForwardEncoder
 from probllm.nn.patches import PatchEmbedding, PatchEncoder
-from probllm.nn.potentials import ChainPotentials
+from probllm.nn.potentials import ChainPotentials, TransitionScores
 from probllm.nn.recurrent import RecurrentEncoder
 from probllm.nn.segment_scores import SegmentScores
+from probllm.nn.spans import SpanScores
 from probllm.nn.subwords import SubwordPooling, pool_subwords
 from probllm.nn.transformer import TransformerEncoder, TransformerLayer
 
@@ -37,9 +38,11 @@ __all__ = [
     "RecurrentEncoder",
     "SegmentScores",
     "SelfAttention",
+    "SpanScores",
     "SubwordPooling",
     "TransformerEncoder",
     "TransformerLayer",
+    "TransitionScores",
     "VectorInputs",
     "WordEmbedding",
     "WordRepresentation",
