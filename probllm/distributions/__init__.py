@@ -2,6 +2,7 @@
 
 from probllm.distributions.constrained_chain import ConstrainedChain, intersect
 from probllm.distributions.ctc_labels import CTCLabels
+from probllm.distributions.factorial_hidden_markov_model import FactorialHiddenMarkovModel
 from probllm.distributions.grammar_tree import GrammarTree
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.hidden_semi_markov_model import HiddenSemiMarkovModel
@@ -21,6 +22,7 @@ from probllm.distributions.structure import StructuredDistribution
 __all__ = [
     "CTCLabels",
     "ConstrainedChain",
+    "FactorialHiddenMarkovModel",
     "GrammarTree",
     "HiddenMarkovModel",
     "HiddenSemiMarkovModel",

@@ -67,6 +67,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "ProjectiveDependencyTree": _OVER_STRUCTURES,
     "SpanningTree": _OVER_STRUCTURES,
     "HiddenMarkovModel": _SUMMED_STATES,
+    "FactorialHiddenMarkovModel": _SUMMED_STATES,
     "HiddenSemiMarkovModel": _SUMMED_STATES,
     "ProbabilisticCFG": {
         name: value.replace("every observation sequence sums over all state sequences", "a string sums over its trees")

@@ -11,7 +11,7 @@ last segment ends with the sequence, and p(x) is given that one does. See ``prob
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -118,6 +118,14 @@ class HiddenSemiMarkovModel(HiddenMarkovModel):
     def sample_joint(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """Exact samples: segmentations ``[*sample, *batch, T]``, and ``[*sample, *batch, T, *observation]``."""
         return super().sample_joint(sample_shape)
+
+    def start(self, lag: int = 0) -> NoReturn:
+        """Not offered: what is known at a step is a law over states and how long they have lasted.
+
+        Raises:
+            NotImplementedError: always, with the reason.
+        """
+        raise NotImplementedError("a semi-Markov model is not filtered step by step; state_marginals(x) has its states")
 
     def _draw_states(self, sample_shape: Any) -> Tensor:
         if self.duration is None:

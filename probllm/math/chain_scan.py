@@ -39,8 +39,8 @@ def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Te
     """The semiring's sum over all tag sequences, ``[width, *lead]``.
 
     Args:
-        parts: emissions ``[width, *lead, T, K]``, transitions ``[width, ..., S, K, K]`` with S = 1 or T - 1, start and
-            end ``[width, *lead, K]``.
+        parts: emissions ``[width, *lead, T, K]``, transitions ``[width, *lead, S, K, K]`` with S = 1 or T - 1,
+            start and end ``[width, *lead, K]``; 1 in place of what a part shares.
         lengths: ``[*lead]`` from 1 to T.
     """
     emissions, transitions, start, end = parts

@@ -19,8 +19,8 @@ def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Te
     """The semiring's sum over all tag sequences, ``[width, *lead]``.
 
     Args:
-        parts: emissions ``[width, *lead, T, K]``, transitions ``[width, ..., K, ..., K]`` over n + 1 tags, and starts
-            over 1, 2, ..., n tags.
+        parts: emissions ``[width, *lead, T, K]``, transitions ``[width, *lead, K, ..., K]`` over n + 1 tags, and
+            starts over 1, 2, ..., n tags; 1 in place of what a part shares.
         lengths: ``[*lead]`` from 1 to T.
     """
     emissions, transitions, *starts = parts

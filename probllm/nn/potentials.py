@@ -64,3 +64,28 @@ class ChainPotentials(Configurable, nn.Module):
         if self.transit is not None:
             transitions = transitions + self.transit(states[:, 1:]).unflatten(-1, (self.num_tags, self.num_tags))
         return self.emit(states), transitions, self.start, self.end
+
+
+class TransitionScores(Configurable, nn.Module):
+    """Transitions ``[from, to]`` at each step, from inputs: a linear function of the state that a step leads to.
+
+    As logits of a ``HiddenMarkovModel`` they make an input-output hidden Markov model, whose states move as the inputs
+    say: p(z_t | z_{t-1}, u_t) = softmax_k(table[z_{t-1}, k] + (W u_t)[z_{t-1}, k]). Source: Bengio and Frasconi (1995).
+
+    Args:
+        dim: size of the inputs.
+        num_states: number of states K.
+    """
+
+    def __init__(self, dim: int, num_states: int) -> None:
+        super().__init__()
+        check_positive(dim=dim, num_states=num_states)
+        self.dim, self.num_states = dim, num_states
+        self.table = nn.Parameter(torch.zeros(num_states, num_states))
+        self.transit = nn.Linear(dim, num_states * num_states, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores ``[B, L - 1, K, K]`` of inputs ``[B, L, dim]``; the first input leads to no transition."""
+        check_states("inputs", inputs, self.dim)
+        own: Tensor = self.transit(inputs[:, 1:]).unflatten(-1, (self.num_states, self.num_states))
+        return self.table + own

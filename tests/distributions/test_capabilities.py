@@ -30,6 +30,9 @@ LAWS = {
     "HiddenMarkovModel": distributions.HiddenMarkovModel(
         torch.zeros(2, 4), A, dist.Normal(torch.arange(4.0), 1.0), duration=3
     ),
+    "FactorialHiddenMarkovModel": distributions.FactorialHiddenMarkovModel(
+        torch.zeros(2, 2, 2), torch.zeros(2, 2, 2), dist.Normal(torch.arange(4.0), 1.0), duration=3
+    ),
     "HiddenSemiMarkovModel": distributions.HiddenSemiMarkovModel(
         torch.zeros(2, 4), A, torch.zeros(4, 2), dist.Normal(torch.arange(4.0), 1.0), duration=3
     ),

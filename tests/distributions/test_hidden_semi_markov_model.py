@@ -344,7 +344,7 @@ def test_expanded_law_scores_and_samples() -> None:
     torch.testing.assert_close(wide.log_prob(x), law.log_prob(x))
 
 
-@pytest.mark.parametrize("member", ["mode", "entropy", "mean", "variance"])
+@pytest.mark.parametrize("member", ["mode", "entropy", "mean", "variance", "start"])
 def test_intractable_members_raise(member: str) -> None:
     with pytest.raises(NotImplementedError):
         getattr(_law(), member)()
