@@ -90,11 +90,15 @@ def _scaled(arcs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
     Of n words there are fewer than 6.75^n trees: C(3n, n) / (2n + 1).
     """
-    real = torch.arange(arcs.shape[-1]) < lengths.unsqueeze(-1)
-    scores = arcs.detach().double().masked_fill(~(real.unsqueeze(-1) & real.unsqueeze(-2)), -math.inf)
+    words = arcs.shape[-1]
+    real = torch.arange(words) < lengths.unsqueeze(-1)
+    scores = arcs.detach().to(torch.float64, copy=True)
+    if not bool(real.all()):
+        scores.masked_fill_(~(real.unsqueeze(-1) & real.unsqueeze(-2)), -math.inf)
     peak = scores.amax(-2)
-    peak = torch.where(peak == -math.inf, 0.0, peak)
-    peak += torch.where(real, (math.log(6.75) - 250.0 / lengths).clamp_min(0.0).unsqueeze(-1), 0.0)
+    peak.masked_fill_(peak == -math.inf, 0.0)
+    if words * math.log(6.75) > 250.0:
+        peak += torch.where(real, (math.log(6.75) - 250.0 / lengths).clamp_min(0.0).unsqueeze(-1), 0.0)
     return scores.sub_(peak.unsqueeze(-2)).exp_(), peak.sum(-1)
 
 

@@ -38,13 +38,17 @@ def _inside(arcs, n, tables):  # type: ignore[no-untyped-def]
     right, right_end, left, left_end, ahead, back = tables
     for j in range(n):
         right[j, j] = right_end[j, j] = left[j, j] = left_end[j, j] = 1.0
-        for i in range(j - 1, -1, -1):
-            w = j - i
+    # by width: a processor waits when it loads a vector into which it has just stored
+    for w in range(1, n):
+        for i in range(n - w):
+            j = i + w
             gap = dot(right, i * wide + i, left_end, j * wide + i + 1, w)
+            to_right = dot(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w - 1)
+            to_left = dot(left, i * wide + i + 1, back, j * wide + i + 1, w - 1)
             ahead[i, j] = arcs[i, j] * gap
             back[j, i] = arcs[j, i] * gap
-            right[i, j] = right_end[j, i] = dot(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w)
-            left[i, j] = left_end[j, i] = dot(left, i * wide + i, back, j * wide + i, w)
+            right[i, j] = right_end[j, i] = to_right + ahead[i, j]
+            left[i, j] = left_end[j, i] = to_left + back[j, i]
 
 
 @compiled(error_model="numpy")
@@ -90,9 +94,9 @@ def sums(arcs, lengths, single, keep, log_z, marginals, good, first, step):  # t
                 d_left[0, r] += slope
             else:
                 spread(slope, under, d_under, 0, left_end, d_left_end, r * wide, r + 1)
-        for j in range(n - 1, -1, -1):
-            for i in range(j):
-                w = j - i
+        for w in range(n - 1, 0, -1):
+            for i in range(n - w):
+                j = i + w
                 slope = d_right[i, j] + d_right_end[j, i]
                 spread(slope, ahead, d_ahead, i * wide + i + 1, right_end, d_right_end, j * wide + i + 1, w)
                 slope = d_left[i, j] + d_left_end[j, i]
@@ -190,13 +194,16 @@ def best_tree(scores, n, single, space, heads):  # type: ignore[no-untyped-def]
     tables[:, :n], under[:] = -math.inf, -math.inf
     for j in range(n):
         right[j, j] = right_end[j, j] = left[j, j] = left_end[j, j] = 0.0
-        for i in range(j - 1, -1, -1):
-            w = j - i
+    for w in range(1, n):
+        for i in range(n - w):
+            j = i + w
             gap = highest(right, i * wide + i, left_end, j * wide + i + 1, w)
+            to_right = highest(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w - 1)
+            to_left = highest(left, i * wide + i + 1, back, j * wide + i + 1, w - 1)
             ahead[i, j] = scores[i, j] + gap
             back[j, i] = scores[j, i] + gap
-            right[i, j] = right_end[j, i] = highest(ahead, i * wide + i + 1, right_end, j * wide + i + 1, w)
-            left[i, j] = left_end[j, i] = highest(left, i * wide + i, back, j * wide + i, w)
+            right[i, j] = right_end[j, i] = max(to_right, ahead[i, j])
+            left[i, j] = left_end[j, i] = max(to_left, back[j, i])
     under[0, 0] = 0.0
     for r in range(n):
         start = left[0, r] if single else highest(under, 0, left_end, r * wide, r + 1)

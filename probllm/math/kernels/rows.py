@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from probllm.math.kernels.vectors import Emit
 
-LANES = 8
+LANES = 4
 
 
 @intrinsic  # type: ignore[untyped-decorator]
