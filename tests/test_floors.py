@@ -143,7 +143,6 @@ def test_importing_the_face_stays_light():
 def test_the_face_has_all_that_it_names():
     import probllm
 
-    assert sorted(probllm.__all__) == probllm.__all__
     for name in probllm.__all__:
         assert getattr(probllm, name) is not None
         assert name in dir(probllm)

@@ -50,16 +50,17 @@ def log_partition(recursion: Recursion, scores: tuple[Tensor, ...], lengths: Ten
     """
     if recursion.forward is None or scores[0].device.type != "cpu":
         return recursion.twin(scores, lengths)
-    if not _is_followed(lengths, *scores):
-        return recursion.forward(tuple(x.detach() for x in scores), lengths, False)[0]
-    result: Tensor = _LogPartition.apply(recursion, lengths, [], *scores)  # type: ignore[no-untyped-call]
-    return result
+    if _in_transform(lengths, *scores):
+        result: Tensor = _LogPartition.apply(recursion, lengths, [], *scores)  # type: ignore[no-untyped-call]
+        return result
+    if torch.is_grad_enabled() and any(x.requires_grad for x in scores):
+        direct: Tensor = _Direct.apply(recursion, lengths, *scores)  # type: ignore[no-untyped-call]
+        return direct
+    return recursion.forward(tuple(x.detach() for x in scores), lengths, False)[0]
 
 
-def _is_followed(*inputs: Tensor) -> bool:
-    """Whether anyone asks for more than the value: autograd, a torch.func transform or forward mode."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return True
+def _in_transform(*inputs: Tensor) -> bool:
+    """Whether a torch.func transform or forward mode is at work."""
     return forward_ad._current_level >= 0 or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs)
 
 
@@ -86,8 +87,29 @@ def _twin_expected(
     return found
 
 
+class _Direct(torch.autograd.Function):
+    """log Z outside of transforms, without what they cost each call."""
+
+    @staticmethod
+    def forward(ctx: Any, recursion: Recursion, lengths: Tensor, *scores: Tensor) -> Tensor:
+        assert recursion.forward is not None
+        log_z, ctx.kept = recursion.forward(tuple(x.detach() for x in scores), lengths, True)
+        ctx.recursion = recursion
+        ctx.save_for_backward(lengths, *scores)
+        return log_z.clone()  # what is returned must not be what ctx holds: the graph would hold itself alive
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lengths, *scores = ctx.saved_tensors
+        if torch.is_grad_enabled():  # someone will differentiate what this returns
+            found = _Expected.apply(ctx.recursion, lengths, grad, *scores)  # type: ignore[no-untyped-call]
+        else:
+            found = ctx.recursion.backward(ctx.kept, grad)
+        return (None, None, *(g.to(x.dtype) for g, x in zip(found, scores, strict=True)))
+
+
 class _LogPartition(torch.autograd.Function):
-    """log Z; ``box`` carries what the forward kernel kept."""
+    """log Z under transforms; ``box`` carries what the forward kernel kept."""
 
     @staticmethod
     def forward(recursion: Recursion, lengths: Tensor, box: list[Any], *scores: Tensor) -> Tensor:
