@@ -17,7 +17,7 @@ import numpy as np
 
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.exponential import exponential
-from probllm.math.kernels.tiles import product4
+from probllm.math.kernels.tiles import add_outer, product4
 
 SMALL, LITTLE = 1e-60, -138.0  # products of five factors that are no smaller do not underflow; its logarithm
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # nothing here is -inf or NaN where sums are reordered
@@ -53,36 +53,41 @@ def _add_four(x, y, out):  # type: ignore[no-untyped-def]
 
 
 @compiled(fastmath=_FAST)
-def _add(x, by, out):  # type: ignore[no-untyped-def]
-    for a in range(out.size):
-        out[a] += by * x[a]
+def _add_children(to_lefts, to_rights, shares, i, j, d):  # type: ignore[no-untyped-def]
+    """Adds the gradients of the children of (i, j), a row a split, to those of their spans."""
+    for q in range(j - i - 2):
+        by = shares[i + 1 + q]
+        for a in range(d.shape[2]):
+            d[i, i + 1 + q, a] += by * to_lefts[q, a]
+        for a in range(d.shape[2]):
+            d[i + 2 + q, j, a] += to_rights[q, a]
 
 
-@compiled()
-def _top(scales, i, j):  # type: ignore[no-untyped-def]
-    """The greatest scale of a pair of children of (i, j)."""
+@compiled(fastmath={"nnan", "nsz"})
+def _shares(lefts, rights, i, j, shares):  # type: ignore[no-untyped-def]
+    """shares[k] = exp(lefts[k] + rights[k + 1] - top) for i <= k < j; returns top, the greatest exponent."""
     top = -math.inf
     for k in range(i, j):
-        s = scales[i, k] + scales[k + 1, j]
+        s = lefts[k] + rights[k + 1]
         top = s if s > top else top
+    if top > -math.inf:
+        for k in range(i, j):
+            shares[k] = exponential(lefts[k] + rights[k + 1] - top)
     return top
 
 
 @compiled()
-def _pairs(starts, scales, n, i, j, top, left, right, y):  # type: ignore[no-untyped-def]
-    """y = Y_ij; returns how many splits count. left becomes the weighted left children, a column each, right the right
-    ones."""
-    count = 0
-    for k in range(i + 1, j - 1):
-        by = exponential(scales[i, k] + scales[k + 1, j] - top)
-        if by > 0.0:
-            for x in range(n):
-                left[x, count] = by * starts[i, k, x]
-            right[count] = starts[k + 1, j]
-            count += 1
-    for x in range(0, y.shape[0], 4):
-        product4(left[x : x + 4], right, y[x : x + 4], count)
-    return count
+def _pairs(chart, ends, i, j, shares, lefts, y, n):  # type: ignore[no-untyped-def]
+    """y [N4, Np] = Y_ij, of the splits whose children are both wider than a word; lefts become the weighted left
+    children, a row each. ``ends[j, i]`` is ``chart[i, j]``."""
+    count, width = j - i - 2, chart.shape[2]
+    for q in range(count):
+        by = shares[i + 1 + q]
+        for x in range(width):
+            lefts[q, x] = by * chart[i, i + 1 + q, x]
+    y[:] = 0.0
+    rights = ends[j].ravel()
+    add_outer(lefts.ravel(), 0, rights, (i + 2) * width, count, 1.0, y, n)
 
 
 @compiled()
@@ -102,33 +107,30 @@ def inside(  # type: ignore[no-untyped-def]
     rows, size, _, symbols = spans.shape
     n_all, width = root.shape[1], starts.shape[3]
     n4 = tables.shape[1] // width
-    left, right = np.zeros((n4, size)), np.zeros((size, width))
+    lefts, ends, turned = np.zeros((size, width)), np.zeros((size, size, width)), np.empty((size, size))
     pairs, products = np.zeros((4, n4 * width)), np.zeros((4, width))
-    factor, tops = np.zeros(width), np.zeros(4)
+    factor, tops, shares = np.zeros(width), np.zeros(4), np.zeros((4, size))
     for b in range(first, rows, step):
         g = b if tables.shape[0] > 1 else 0
         n = lengths[b]
         scale, chart = scales[b], starts[b]
+        ends[:] = 0.0
+        turned[:] = -math.inf
         for i in range(n):
-            scale[i, i] = leaf_scales[b, i]
+            scale[i, i] = turned[i, i] = leaf_scales[b, i]
             chart[i, i, :n_all] = leaves[b, i, :n_all]
         for w in range(2, n + 1):
             for begin in range(0, n - w + 1, 4):
                 here = min(4, n - w + 1 - begin)
                 products[:] = 0.0
-                if w > 3:
-                    for s in range(here):
-                        i = begin + s
-                        tops[s] = _top(scale, i, i + w - 1)
+                for s in range(here):
+                    i = begin + s
+                    tops[s] = _shares(scale[i], turned[i + w - 1], i, i + w - 1, shares[s])
+                    if w > 3 and tops[s] > -math.inf:
                         y = pairs[s].reshape(n4, width)
-                        if tops[s] == -math.inf:
-                            y[:] = 0.0
-                        else:
-                            _pairs(chart, scale, n_all, i, i + w - 1, tops[s], left, right, y)
+                        _pairs(chart, ends, i, i + w - 1, shares[s], lefts, y, n_all)
+                if w > 3:
                     product4(pairs, tables[g], products, n4 * width)
-                else:
-                    for s in range(here):
-                        tops[s] = _top(scale, begin + s, begin + s + w - 1)
                 for s in range(here):
                     i, top = begin + s, tops[s]
                     j = i + w - 1
@@ -138,10 +140,8 @@ def inside(  # type: ignore[no-untyped-def]
                     if w == 2:
                         _add_rows(leaves[b, j], symbols, left_leaves[b, i], 1.0, u)
                     else:
-                        by = exponential(scale[i, i] + scale[i + 1, j] - top)
-                        _add_rows(chart[i + 1, j], n_all, left_leaves[b, i], by, u)
-                        by = exponential(scale[i, j - 1] + scale[j, j] - top)
-                        _add_rows(chart[i, j - 1], n_all, right_leaves[b, j], by, u)
+                        _add_rows(chart[i + 1, j], n_all, left_leaves[b, i], shares[s, i], u)
+                        _add_rows(chart[i, j - 1], n_all, right_leaves[b, j], shares[s, j - 1], u)
                     high, peak = -math.inf, 0.0
                     for a in range(n_all):
                         high = max(high, spans[b, i, j, a])
@@ -159,10 +159,10 @@ def inside(  # type: ignore[no-untyped-def]
                                 flags[b] = 1
                     if not peak > 0.0:
                         continue
-                    scale[i, j] = high + greatest[g] + top + math.log(peak)
+                    scale[i, j] = turned[j, i] = high + greatest[g] + top + math.log(peak)
                     for a in range(n_all):
                         passed[b, i, j, a] = factor[a] / peak
-                        chart[i, j, a] = factor[a] * u[a] / peak
+                        chart[i, j, a] = ends[j, i, a] = factor[a] * u[a] / peak
                     if careful:
                         for a in range(n_all):
                             if 0.0 < chart[i, j, a] < SMALL:
@@ -187,13 +187,10 @@ def outside(  # type: ignore[no-untyped-def]
     rows, size, symbols = leaves.shape
     n_all, width = root.shape[1], starts.shape[3]
     n4 = tables.shape[1] // width
-    left, right, flat = np.zeros((n4, size + 4)), np.zeros((size + 4, width)), np.zeros((size + 4, width))
+    lefts, ends, turned = np.zeros((size + 4, width)), np.zeros((size, size + 4, width)), np.empty((size, size))
     pairs, to_pairs, d_products = np.zeros((4, n4 * width)), np.zeros((4, n4 * width)), np.zeros((4, width))
-    turned, to_right_rows, to_left_rows = (
-        np.zeros((width, width)),
-        np.zeros((size + 4, width)),
-        np.zeros((size + 4, width)),
-    )
+    across, to_rights, to_lefts = np.zeros((width, width)), np.zeros((size + 4, width)), np.zeros((size + 4, width))
+    shares = np.zeros(size)
     d = np.zeros((size, size, width))
     for b in range(first, rows, step):
         if weights[b] == 0.0:
@@ -203,6 +200,11 @@ def outside(  # type: ignore[no-untyped-def]
         n = lengths[b]
         scale, chart = scales[b], starts[b]
         d[:n, :n] = 0.0
+        for i in range(n):
+            for j in range(n):
+                turned[j, i] = scale[i, j]
+                for a in range(width):
+                    ends[j, i, a] = chart[i, j, a] if j > i else 0.0
         total = 0.0
         for a in range(n_all):
             total += root[g, a] * chart[0, n - 1, a]
@@ -228,35 +230,28 @@ def outside(  # type: ignore[no-untyped-def]
                     if s >= here or scale[i, j] == -math.inf:
                         pairs[s] = 0.0
                         continue
-                    du, top = d_products[s], _top(scale, i, j)
+                    du = d_products[s]
                     if w == 2:
                         _add_rows_back(
                             leaves[b, j], symbols, left_leaves[b, i], 1.0, du, to_leaves[b, j], to_left[b, i]
                         )
                         continue
-                    by = exponential(scale[i, i] + scale[i + 1, j] - top)
+                    _shares(scale[i], turned[j], i, j, shares)
+                    by = shares[i]
                     _add_rows_back(chart[i + 1, j], n_all, left_leaves[b, i], by, du, d[i + 1, j], to_left[b, i])
-                    by = exponential(scale[i, j - 1] + scale[j, j] - top)
+                    by = shares[j - 1]
                     _add_rows_back(chart[i, j - 1], n_all, right_leaves[b, j], by, du, d[i, j - 1], to_right[b, j])
                     if w == 3:
                         continue
-                    count = _pairs(chart, scale, n_all, i, j, top, left, right, pairs[s].reshape(n4, width))
-                    dy = to_pairs[s].reshape(n4, width)
+                    _pairs(chart, ends, i, j, shares, lefts, pairs[s].reshape(n4, width), n_all)
+                    dy, count = to_pairs[s].reshape(n4, width), j - i - 2
                     for x in range(n_all):
                         for z in range(n_all):
-                            turned[z, x] = dy[x, z]
-                        for q in range(count):
-                            flat[q, x] = left[x, q]
+                            across[z, x] = dy[x, z]
                     for q in range(0, count, 4):
-                        product4(flat[q : q + 4], dy, to_right_rows[q : q + 4], n_all)
-                        product4(right[q : q + 4], turned, to_left_rows[q : q + 4], n_all)
-                    count = 0
-                    for k in range(i + 1, j - 1):
-                        by = exponential(scale[i, k] + scale[k + 1, j] - top)
-                        if by > 0.0:
-                            _add(to_left_rows[count], by, d[i, k])
-                            _add(to_right_rows[count], 1.0, d[k + 1, j])
-                            count += 1
+                        product4(lefts[q : q + 4], dy, to_rights[q : q + 4], n_all)
+                        product4(ends[j, i + 2 + q : i + 6 + q], across, to_lefts[q : q + 4], n_all)
+                    _add_children(to_lefts, to_rights, shares, i, j, d)
                 if w > 3:
                     _add_four(pairs, d_products, to_tables[own])
         for i in range(n):
