@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
+from unittest import mock
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from probllm.distributions import factorial_hidden_markov_model
 from probllm.distributions.factorial_hidden_markov_model import FactorialHiddenMarkovModel
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.math import factorial
@@ -58,9 +61,20 @@ def cases(draw: st.DrawFn) -> Case:
     return FactorialHiddenMarkovModel(initial, moves, observation, lengths, steps), joint, value, observed
 
 
-@given(cases())
-def test_likelihood_posterior_and_marginals_are_those_of_the_joint_chain(case: Case) -> None:
-    law, joint, value, observed = case
+def chain_by_chain() -> Any:
+    """Within it even the smallest models take the way of the large ones."""
+    return mock.patch.object(factorial_hidden_markov_model, "COMPILED", 0)
+
+
+@given(cases(), st.booleans())
+def test_likelihood_posterior_and_marginals_are_those_of_the_joint_chain(case: Case, small: bool) -> None:
+    with contextlib.nullcontext() if small else chain_by_chain():
+        check_likelihood_posterior_and_marginals(*case)
+
+
+def check_likelihood_posterior_and_marginals(
+    law: FactorialHiddenMarkovModel, joint: HiddenMarkovModel, value: Tensor, observed: Tensor
+) -> None:
     expected = joint.posterior(value, observed)
     assert law.batch_shape == joint.batch_shape
     torch.testing.assert_close(law.log_prob(value, observed), joint.log_prob(value, observed))
@@ -94,12 +108,15 @@ def test_gradients_are_those_of_the_joint_chain(case: Case) -> None:
     leaves = [x.clone().requires_grad_() for x in (law.chain_initial, law.chain_transition)]
     again = FactorialHiddenMarkovModel(*leaves, law.observation_dist, law.lengths, law.duration)
     found = []
-    for total in (again.log_prob(value, observed), again.posterior(value, observed).log_partition):
+    with chain_by_chain():
+        factored = again.log_prob(value, observed)
+    for total in (factored, again.log_prob(value, observed), again.posterior(value, observed).log_partition):
         summed = torch.where(total > -torch.inf, total, 0.0).sum() + 0 * sum(x[x > -torch.inf].sum() for x in leaves)
         found.append(torch.autograd.grad(summed, leaves, retain_graph=True))
-    for a, b in zip(*found, strict=True):
+    for a, b, c in zip(*found, strict=True):
         assert bool(a.isfinite().all())
         torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
 
 
 def test_sample_joint_has_the_frequencies_of_the_law() -> None:
