@@ -54,36 +54,32 @@ def as_chain(
         TypeError: for what is no tensor, scores that are not floating point, or lengths that are not integers.
         ValueError: for shapes that do not agree, or lengths out of range.
     """
-    named = (("emissions", emissions), ("transitions", transitions), ("start", start), ("end", end))
+    named = [("emissions", emissions), ("transitions", transitions)]
+    named += [(name, score) for name, score in (("start", start), ("end", end)) if score is not None]
     for name, score in named:
-        if not isinstance(score, Tensor) and (score is not None or name in ("emissions", "transitions")):
+        if not isinstance(score, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(score).__name__}")
-    if emissions.dim() < 2:
-        raise ValueError(f"emissions: expected shape [..., T, K], got {list(emissions.shape)}")
-    steps, k = emissions.shape[-2:]
-    if steps < 1 or k < 1:
-        raise ValueError(f"emissions: expected T >= 1 and K >= 1, got shape {list(emissions.shape)}")
-    if transitions.dim() < 2 or transitions.shape[-2:] != (k, k):
-        raise ValueError(
-            f"transitions: expected shape [{k}, {k}] or [..., {steps - 1}, {k}, {k}], got {list(transitions.shape)}"
-        )
-    if transitions.dim() > 2 and transitions.shape[-3] not in (1, steps - 1):
-        raise ValueError(
-            f"transitions: expected {steps - 1} steps (or 1 for all) at dimension -3, "
-            f"got shape {list(transitions.shape)}"
-        )
-    for name, score in named:
-        if score is None:
-            continue
         if not score.is_floating_point():
             raise TypeError(f"{name}: expected floating-point scores, got {score.dtype}")
         if score.device != emissions.device:
             raise ValueError(f"{name}: expected device {emissions.device} as emissions, got {score.device}")
-        if name in ("start", "end") and (score.dim() < 1 or score.shape[-1] != k):
+    shape, moves = emissions.shape, transitions.shape
+    if len(shape) < 2:
+        raise ValueError(f"emissions: expected shape [..., T, K], got {list(shape)}")
+    steps, k = shape[-2], shape[-1]
+    if steps < 1 or k < 1:
+        raise ValueError(f"emissions: expected T >= 1 and K >= 1, got shape {list(shape)}")
+    if len(moves) < 2 or moves[-2] != k or moves[-1] != k:
+        raise ValueError(f"transitions: expected shape [{k}, {k}] or [..., {steps - 1}, {k}, {k}], got {list(moves)}")
+    shared = len(moves) == 2
+    if not shared and moves[-3] not in (1, steps - 1):
+        raise ValueError(
+            f"transitions: expected {steps - 1} steps (or 1 for all) at dimension -3, got shape {list(moves)}"
+        )
+    for name, score in named[2:]:
+        if score.dim() < 1 or score.shape[-1] != k:
             raise ValueError(f"{name}: expected shape [..., {k}], got {list(score.shape)}")
-    shared = transitions.dim() == 2
-    shapes = [emissions.shape[:-2], () if shared else transitions.shape[:-3]]
-    shapes += [score.shape[:-1] for score in (start, end) if score is not None]
+    shapes = [shape[:-2], moves[:0] if shared else moves[:-3], *(score.shape[:-1] for _, score in named[2:])]
     if lengths is not None:
         check_lengths(lengths, steps)
         shapes.append(lengths.shape)
@@ -111,7 +107,7 @@ def as_chain(
     if flat.dim() != 3 or flat.shape[0] != rows:
         flat = flat.expand(*batch_shape, steps, k).reshape(rows, steps, k)
     if shared:
-        table = transitions.to(dtype).reshape(1, 1, k, k)
+        table = (transitions if transitions.dtype == dtype else transitions.to(dtype)).view(1, 1, k, k)
     else:
         own = (1,) * (len(batch_shape) + 3 - transitions.dim()) + tuple(transitions.shape[:-3])
         kept = len(own)  # trailing batch dimensions along which the transitions do not vary are rows of one group
@@ -127,7 +123,7 @@ def as_chain(
         flat_lengths = torch.full((rows,), steps, dtype=torch.long, device=emissions.device)
     else:
         flat_lengths = lengths.to(emissions.device, torch.long).expand(batch_shape).reshape(rows)
-    return Chain(flat, table, starts, ends, flat_lengths, torch.Size(batch_shape))
+    return Chain(flat, table, starts, ends, flat_lengths, batch_shape)
 
 
 def check_lengths(lengths: Tensor, greatest: int | None) -> None:

@@ -22,12 +22,10 @@ from probllm.math.kernels.vectors import padded
 
 
 class Tables(NamedTuple):
-    """Exponentials of the transitions, as the kernels of ``chain_scaled`` take them."""
+    """Exponentials of the transitions, from ``chain_scaled.tables``."""
 
-    forth: np.ndarray  # [G, S, K, P], padded with 0 from K to whole vectors
-    back: np.ndarray  # [G, S, K, P]: transposed
-    offsets: np.ndarray  # [G, S]: maxima of the transitions
-    spread: np.ndarray  # [G]: their range in nats
+    both: np.ndarray  # [2, G, S, K, P]: as they are and transposed, padded with 0 from K to whole vectors
+    numbers: np.ndarray  # [3, G, S]: their maxima, their range in nats, flags
     forbids: bool  # some are -inf
 
 
@@ -47,7 +45,7 @@ class ScaledPart:
     def expectations(self, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tags ``[N, T, K]``, transitions ``[G, S, K, K]``, and flags [N] of rows whose expectations are not here."""
         n, steps, width = self.alpha.shape
-        groups, times, k, _ = self.tables.forth.shape
+        _, groups, times, k, _ = self.tables.both.shape
         pieces, cost = groups if groups > 1 else (n + 3) // 4, 0.02 * n * steps * k * (k + 32)
         shares = shares_of(pieces, cost)
         weights: np.ndarray = np.empty((4 * shares if times == 1 else n, steps, width), self.alpha.dtype)
@@ -55,7 +53,7 @@ class ScaledPart:
         pairs: np.ndarray = np.zeros((groups if groups > 1 else shares, k, k), self.alpha.dtype)
         flags = self.flags.copy() if self.zeros else self.flags  # without zeros the way back flags nothing
         arguments = (
-            self.q, self.sums, self.alpha, self.lengths, *self.tables[:2], self.zeros, row_weights, tags, weights,
+            self.q, self.sums, self.alpha, self.lengths, self.tables.both, self.zeros, row_weights, tags, weights,
             pairs, flags,
         )  # fmt: skip
         run_shares(chain_scaled.backward, arguments, pieces, cost)
@@ -64,7 +62,7 @@ class ScaledPart:
                 torch.from_numpy(x).unflatten(0, (groups, n // groups)) for x in (self.alpha[:, :-1], weights[:, 1:])
             )
             sums = torch.matmul(before.permute(0, 2, 3, 1), after.permute(0, 2, 1, 3)).numpy()
-            return tags, sums[..., :k, :k] * self.tables.forth[..., :k], flags
+            return tags, sums[..., :k, :k] * self.tables.both[0, ..., :k], flags
         if groups == 1 and len(pairs) > 1:
             pairs = pairs.sum(0)
         return tags, pairs.reshape(groups, 1, k, k), flags
@@ -143,11 +141,11 @@ def forward(
     Raises:
         ValueError: for scores that are NaN or +inf.
     """
-    scores = [x.detach().contiguous().numpy() for x in (emissions, start, end, lengths)]
+    scores = [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in (emissions, start, end, lengths)]
     table = transitions.detach().contiguous().numpy()
     dtype: type = scores[0].dtype.type
     tables = _tables(table, dtype)
-    if tables.forbids and dtype is np.float32:
+    if dtype is np.float32 and tables.forbids:
         dtype, tables = np.float64, _tables(table, np.float64)
     log_z, part = _scaled(scores, tables, keep)
     done = Pass(torch.from_numpy(log_z), scores, table, [part])
@@ -162,8 +160,8 @@ def forward(
     if dtype is np.float32:
         tables, groups, in_group = _tables(table, np.float64), len(table), len(log_z) // len(table)
         if groups > 1:  # what is left of a group need not be as much as of another: a group each
-            forth, back, offsets, spread = (x[left // in_group] for x in tables[:4])
-            tables = Tables(forth, back, offsets, spread, tables.forbids)
+            both, numbers = (np.ascontiguousarray(x[:, left // in_group]) for x in tables[:2])
+            tables = Tables(both, numbers, tables.forbids)
         log_z[left], part = _scaled([x[left] for x in scores], tables, keep)
         part.rows = left
         done.scaled.append(part)
@@ -176,24 +174,19 @@ def forward(
 
 def _tables(transitions: np.ndarray, dtype: type) -> Tables:
     groups, times, k, _ = transitions.shape
-    n = groups * times
-    both = np.empty((2, n, k, padded(k)), dtype)
-    numbers = np.zeros((2, n))
-    flags = np.zeros(n, np.int64)
-    arguments = (transitions.reshape(n, k, k), both[0], both[1], numbers[0], numbers[1], flags)
-    run_shares(chain_scaled.tables, arguments, n, 2.0 * n * k * k)
-    seen = flags[0] if n == 1 else np.bitwise_or.reduce(flags)
-    if seen & BROKEN:
+    both: np.ndarray = np.empty((2, groups, times, k, padded(k)), dtype)
+    numbers: np.ndarray = np.empty((3, groups, times))
+    run_shares(chain_scaled.tables, (transitions, both, numbers), groups * times, 2.0 * transitions.size)
+    seen = numbers.item(-1) if numbers.size == 3 else numbers[2].max(initial=0.0)
+    if seen == BROKEN:
         raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
-    spread = numbers[1] if times == 1 else numbers[1].reshape(groups, times).max(1, initial=0.0)
-    forth, back = both.reshape(2, groups, times, *both.shape[2:])
-    return Tables(forth, back, numbers[0].reshape(groups, times), spread, bool(seen))
+    return Tables(both, numbers, seen > 0)
 
 
 def _scaled(scores: list[np.ndarray], tables: Tables, keep: bool) -> tuple[np.ndarray, ScaledPart]:
     """log Z [N] and what else the way forward in probability space gives, in the precision of the tables."""
     rows, steps, k = scores[0].shape
-    groups, width, dtype = tables.forth.shape[0], tables.forth.shape[3], tables.forth.dtype
+    groups, width, dtype = tables.both.shape[1], tables.both.shape[4], tables.both.dtype
     zeros = dtype == np.float64
     log_z, flags = np.empty(rows), np.empty(rows, np.int64)
     pieces, cost = groups * ((rows // groups + 3) // 4), 0.012 * rows * steps * k * (k + 32)
@@ -203,8 +196,7 @@ def _scaled(scores: list[np.ndarray], tables: Tables, keep: bool) -> tuple[np.nd
     sums: np.ndarray = np.empty((kept, steps), dtype)
     alpha = alpha.reshape(kept, steps, width)
     arguments = (
-        *scores, tables.forth, tables.offsets, tables.spread, zeros,
-        chain_scaled.SPAN64 if zeros else chain_scaled.SPAN32, keep, q, sums, alpha, log_z, flags,
+        *scores, tables.both, tables.numbers, zeros, keep, q, sums, alpha, log_z, flags,
     )  # fmt: skip
     run_shares(chain_scaled.forward, arguments, pieces, cost)
     return log_z, ScaledPart(None, scores[3], flags, zeros, tables, q, sums, alpha)

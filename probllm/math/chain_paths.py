@@ -209,7 +209,7 @@ def _sample(chain: Chain, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     done = forward_pass(*chain[:5])
     paths = np.full((n, rows, steps), -1, np.int64)
     numbers, lengths = uniforms.contiguous().numpy(), chain.lengths.contiguous().numpy()
-    parts = [(part.rows, part.flags == 0, part.alpha, part.tables.back, False) for part in done.scaled]
+    parts = [(part.rows, part.flags == 0, part.alpha, part.tables.both[1], False) for part in done.scaled]
     if done.left is not None:
         log = done.in_log_space(done.left, 1)
         back = log.back if len(log.back) == 1 else log.back[done.left // (rows // len(log.back))]

@@ -49,28 +49,29 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
 @compiled()
-def tables(transitions, table, back, offsets, spread, flags, first, step):  # type: ignore[no-untyped-def]
-    """exp of the transitions around their maximum, once as they are and once transposed; one share of the [K, K]
-    blocks.
+def tables(transitions, both, numbers, first, step):  # type: ignore[no-untyped-def]
+    """exp of the transitions around their maximum, one share of the [K, K] blocks.
 
-    transitions [N, K, K]; table and back [N, K, P] with P - K columns of 0; offsets [N]: maxima; spread [N]: range in
-    nats of the allowed scores; flags [N]: 0, WIDE if some are forbidden, BROKEN if one is NaN or +inf.
+    transitions [G, S, K, K]; both [2, G, S, K, P]: as they are and transposed, with P - K columns of 0
+    numbers [3, G, S]: maxima; range in nats of the allowed scores; 0, WIDE if some are forbidden, BROKEN if one is NaN
+    or +inf.
     """
-    n, k, _ = transitions.shape
+    groups, times, k, _ = transitions.shape
     size = k * k
-    x = np.zeros(size + 16, table.dtype)
+    x = np.zeros(size + 16, both.dtype)
     zero = transitions.dtype.type(0)
-    for m in range(first, n, step):
-        block = transitions[m].reshape(size)
+    for piece in range(first, groups * times, step):
+        g, s = piece // times, piece % times
+        block = transitions[g, s].reshape(size)
         low, high = extremes(block, 0, size)
-        flags[m] = 0
+        flag = 0
         if times_zero(block, 0, size) != 0:
             low, high, broken = lowest_allowed(block, 0, size)
-            flags[m] = BROKEN if broken else WIDE
+            flag = BROKEN if broken else WIDE
         if high < low or not high - low < 1e300:  # nothing is allowed at all
             low, high = zero, zero
-        offsets[m], spread[m] = high, high - low
-        if flags[m] == 0 and high - low <= SPAN32:
+        numbers[0, g, s], numbers[1, g, s], numbers[2, g, s] = high, high - low, flag
+        if flag == 0 and high - low <= SPAN32:
             for i in range(size):
                 x[i] = block[i]
             exp_less(x, x.dtype.type(high), (size + 15) // 16 * 16)
@@ -79,10 +80,10 @@ def tables(transitions, table, back, offsets, spread, flags, first, step):  # ty
                 x[i] = math.exp(block[i] - high)
         for i in range(k):
             for j in range(k):
-                table[m, i, j] = x[i * k + j]
-                back[m, j, i] = x[i * k + j]
-            for j in range(k, table.shape[2]):
-                table[m, i, j] = back[m, i, j] = 0
+                both[0, g, s, i, j] = x[i * k + j]
+                both[1, g, s, j, i] = x[i * k + j]
+            for j in range(k, both.shape[4]):
+                both[0, g, s, i, j] = both[1, g, s, i, j] = 0
 
 
 @compiled()
@@ -115,33 +116,35 @@ def by_falling_length(lengths, groups, steps):  # type: ignore[no-untyped-def]
 
 @compiled(fastmath=_FAST)
 def forward(  # type: ignore[no-untyped-def]
-    emissions, start, end, lengths, forth, offsets, spread, zeros, span, keep, q, sums, alpha, log_z, flags, first, step
+    emissions, start, end, lengths, both, numbers, zeros, keep, q, sums, alpha, log_z, flags, first, step
 ):  # fmt: skip
     """The way forward of one share of the blocks of four rows.
 
     emissions [B, T, K], start and end [B, K], lengths [B]
-    forth [G, S, K, P], offsets [G, S], spread [G]: from ``tables``; S is 1 or T - 1; B / G rows in a row share a group
+    both [2, G, S, K, P] and numbers [3, G, S]: from ``tables``; S is 1 or T - 1; B / G rows in a row share a group
     keep: whether q [B, T P], sums [B, T]: c_t, and alpha [B, T, P]: filtered probabilities, are wanted; behind the end
         of a row and in a flagged one alpha is 0 and the others are not written. Else q and alpha are room for four
         rows a share.
     log_z [B] and flags [B] are set.
     """
     rows, steps, k = emissions.shape
-    groups, times = offsets.shape
-    width = forth.shape[3]
+    _, groups, times, _, width = both.shape
+    dtype, offsets = both.dtype, numbers[0]
     in_group = rows // groups
     blocks = (in_group + 3) // 4
     order = by_falling_length(lengths, groups, steps)
-    one = forth.dtype.type(1)
-    x, y = np.zeros((4, width), forth.dtype), np.zeros((4, width), forth.dtype)
-    found, inverse = np.empty(4), np.empty(4, forth.dtype)
+    one = dtype.type(1)
+    x, y = np.zeros((4, width), dtype), np.zeros((4, width), dtype)
+    found, inverse = np.empty(4), np.empty(4, dtype)
     which, until, at = np.zeros(4, np.int64), np.zeros(4, np.int64), np.zeros(4, np.int64)
     product = np.empty(4)
     for block in range(first, groups * blocks, step):
         g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
         size = min(4, (g + 1) * in_group - begin)
-        most = span - 2 * spread[g] - math.log(k)
-        longest = 0
+        spread, longest = 0.0, 0
+        for s in range(times):
+            spread = max(spread, numbers[1, g, s])
+        most = (SPAN64 if zeros else SPAN32) - 2 * spread - math.log(k)
         for r in range(size):
             b = which[r] = order[begin + r]
             at[r] = b if keep else 4 * first + r
@@ -156,9 +159,9 @@ def forward(  # type: ignore[no-untyped-def]
             s = max(0, t - 1) if times > 1 else 0
             if t:
                 if size == 1:
-                    product1(x, forth[g, s], y, k)
+                    product1(x, both[0, g, s], y, k)
                 else:
-                    product4(x, forth[g, s], y, k)
+                    product4(x, both[0, g, s], y, k)
             for r in range(size):
                 if t >= until[r]:
                     continue
@@ -167,7 +170,7 @@ def forward(  # type: ignore[no-untyped-def]
                 if zeros and (c < LEAST_SUM or some_tiny(x[r], k)):
                     flags[b], until[r] = TINY, 0
                     continue
-                if t:
+                if t and times > 1:
                     log_z[b] += offsets[g, s]
                 inverse[r] = one / c
                 if keep:
@@ -179,34 +182,37 @@ def forward(  # type: ignore[no-untyped-def]
         for r in range(size):
             b = which[r]
             log_z[b] += math.log(product[r])
+            if times == 1:
+                log_z[b] += (lengths[b] - 1) * offsets[g, 0]
             if keep:
                 alpha[b, 0 if flags[b] else lengths[b] :] = 0
 
 
 @compiled(fastmath=_FAST)
 def backward(  # type: ignore[no-untyped-def]
-    q, sums, alpha, lengths, forth, back, zeros, row_weights, tags, weights, pairs, flags, first, step
+    q, sums, alpha, lengths, both, zeros, row_weights, tags, weights, pairs, flags, first, step
 ):  # fmt: skip
     """The way back of one share: of the blocks of four rows, or of the groups where there are several.
 
-    q [N, T P], sums [N, T] and alpha [N, T, P] from ``forward``, forth and back [G, S, K, P] from ``tables``
+    q [N, T P], sums [N, T] and alpha [N, T, P] from ``forward``, both [2, G, S, K, P] from ``tables``
     lengths and row_weights [N]
     flags [N]: rows that are not 0 are passed over; TINY is set where the way back came close to underflow
     tags [N, T, K] = probabilities of the tags, times the weight of the row; 0 where there is none
     weights [N, T, P] if S is not 1, else room for four rows a share: such that the pair (i, j) at (t - 1, t) has
-        probability alpha[t - 1, i] forth[i, j] weights[t, j], times the weight of the row; 0 where there is none
+        probability alpha[t - 1, i] A[i, j] weights[t, j], times the weight of the row; 0 where there is none
     pairs [shares or G, K, K] if S = 1: sums of the probabilities of pairs, times the weights of their rows
     """
     rows, steps, k = tags.shape
-    groups, times, _, width = forth.shape
+    _, groups, times, _, width = both.shape
+    dtype = both.dtype
     in_group = rows // groups
     blocks = (in_group + 3) // 4
     order = by_falling_length(lengths, groups, steps)
-    one = forth.dtype.type(1)
-    x, y = np.zeros((4, width), forth.dtype), np.zeros((4, width), forth.dtype)
+    one = dtype.type(1)
+    x, y = np.zeros((4, width), dtype), np.zeros((4, width), dtype)
     shared = times == 1
-    total = np.zeros((width, width), forth.dtype)
-    inverse, totals = np.empty(4, forth.dtype), np.empty(2, forth.dtype)
+    total = np.zeros((width, width), dtype)
+    inverse, totals = np.empty(4, dtype), np.empty(2, dtype)
     which, until = np.zeros(4, np.int64), np.zeros(4, np.int64)
     # one group: its blocks are shared out, and each share has sums of its own
     pieces, in_piece = (blocks, 1) if groups == 1 else (groups, blocks)
@@ -242,9 +248,9 @@ def backward(  # type: ignore[no-untyped-def]
                 if t:
                     s = 0 if shared else t - 1
                     if size == 1:
-                        product1(x, back[g, s], y, k)
+                        product1(x, both[1, g, s], y, k)
                     else:
-                        product4(x, back[g, s], y, k)
+                        product4(x, both[1, g, s], y, k)
             for r in range(size):
                 b, n = which[r], until[r]
                 tags[b, n:] = 0
@@ -258,9 +264,9 @@ def backward(  # type: ignore[no-untyped-def]
         if shared and groups > 1:
             for i in range(k):
                 for j in range(k):
-                    pairs[piece, i, j] = total[i, j] * forth[piece, 0, i, j]
+                    pairs[piece, i, j] = total[i, j] * both[0, piece, 0, i, j]
             total[:] = 0
     if shared and groups == 1:
         for i in range(k):
             for j in range(k):
-                pairs[first, i, j] = total[i, j] * forth[0, 0, i, j]
+                pairs[first, i, j] = total[i, j] * both[0, 0, 0, i, j]

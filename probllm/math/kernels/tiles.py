@@ -101,7 +101,7 @@ _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), 
 _outer4, _outer8, _outer16, _outer32 = _outer(4, 1), _outer(8, 1), _outer(16, 1), _outer(16, 2)
 
 
-@compiled()
+@compiled(inline="always")  # a call would copy the arrays' headers
 def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
     """out[r, :width] = x[r, :k] @ matrix[:k, :width] for four rows; width = matrix.shape[1] as ``padded`` gives it."""
     width = matrix.shape[1]
@@ -119,7 +119,7 @@ def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
             _four8(x, matrix, out, k, column)
 
 
-@compiled()
+@compiled(inline="always")  # a call would copy the arrays' headers
 def best4(x, matrix, out, k):  # type: ignore[no-untyped-def]
     """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for four rows; no NaN, no +inf."""
     width = matrix.shape[1]
