@@ -17,6 +17,7 @@ from probllm.distributions.monotonic_alignment import MonotonicAlignment
 from probllm.distributions.structure import expanded
 from probllm.math.chain import check_lengths
 from probllm.math.masks import mask_from_lengths
+from probllm.math.shapes import broadcast_shapes
 
 
 class CTCLabels(TorchDistribution):  # type: ignore[misc]
@@ -46,7 +47,7 @@ class CTCLabels(TorchDistribution):  # type: ignore[misc]
         lengths = torch.tensor(frames, device=log_probs.device) if lengths is None else lengths
         check_lengths(lengths, frames)
         self.log_probs, self.lengths, self.blank = log_probs, lengths, blank
-        self._own_shape = torch.broadcast_shapes(log_probs.shape[:-2], lengths.shape)
+        self._own_shape = broadcast_shapes(log_probs.shape[:-2], lengths.shape)
         super().__init__(self._own_shape, torch.Size([frames]), validate_args=False)
 
     @property
@@ -71,7 +72,7 @@ class CTCLabels(TorchDistribution):  # type: ignore[misc]
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(labels) ``[...]``, in nats; -inf for more labels than the frames can hold."""
         found = self.posterior(value).log_partition
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+        return found.expand(broadcast_shapes(found.shape, self.batch_shape))
 
     def sample_joint(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """Paths and their labels, ``[*sample, *batch, T]`` each; blank behind a row's frames and labels."""

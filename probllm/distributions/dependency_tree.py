@@ -18,6 +18,7 @@ from torch import Tensor
 from probllm.distributions.inside import InsideDistribution
 from probllm.math.eisner import heads_of
 from probllm.math.masks import mask_from_lengths
+from probllm.math.shapes import broadcast_shapes
 from probllm.math.tree_search import best_trees, search_trees
 
 
@@ -48,7 +49,7 @@ class DependencyTreeLaw(InsideDistribution):
         if root.device != arcs.device:
             raise ValueError(f"root: expected device {arcs.device} as arcs, got {root.device}")
         try:
-            batch = torch.broadcast_shapes(arcs.shape[:-2], root.shape[:-1])
+            batch = broadcast_shapes(arcs.shape[:-2], root.shape[:-1])
         except RuntimeError:
             raise ValueError(
                 f"batch shapes do not broadcast: arcs {list(arcs.shape[:-2])}, root {list(root.shape[:-1])}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from probllm.distributions.hidden_markov_model import HiddenMarkovModel, _normalised
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.math import factorial
+from probllm.math.shapes import broadcast_shapes
 
 # entries of the joint table up to which, on the CPU, the compiled recursion over it is the faster one
 COMPILED = 1 << 20
@@ -65,7 +66,7 @@ class FactorialHiddenMarkovModel(HiddenMarkovModel):
         self._codes = factorial.joint_states(chains, k).to(initial_logits.device)
         joint = self.chain_initial[..., torch.arange(chains), self._codes].sum(-1)
         try:
-            lead = torch.broadcast_shapes(initial_logits.shape[:-2], transition_logits.shape[:-3])
+            lead = broadcast_shapes(initial_logits.shape[:-2], transition_logits.shape[:-3])
         except RuntimeError:
             raise ValueError(
                 f"batch shapes do not broadcast: initial_logits {list(initial_logits.shape[:-2])}, "
@@ -108,7 +109,7 @@ class FactorialHiddenMarkovModel(HiddenMarkovModel):
         """log p(x_t | z_t) over the whole batch."""
         emissions = self.emissions(value, observed)
         try:
-            shape = torch.broadcast_shapes(emissions.shape[:-2], self.batch_shape)
+            shape = broadcast_shapes(emissions.shape[:-2], self.batch_shape)
         except RuntimeError:
             raise ValueError(
                 f"value: batch shape {list(emissions.shape[:-2])} does not broadcast with {list(self.batch_shape)}, "

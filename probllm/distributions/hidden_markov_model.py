@@ -20,6 +20,7 @@ from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.structure import expanded
 from probllm.math.chain import as_chain, chain_log_partition, check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
+from probllm.math.shapes import broadcast_shapes
 from probllm.math.streaming import Filter
 
 
@@ -95,7 +96,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
             "lengths": () if lengths is None else lengths.shape,
         }
         try:
-            batch = torch.broadcast_shapes(*batches.values())
+            batch = broadcast_shapes(*batches.values())
         except RuntimeError:
             found = ", ".join(f"{name} {list(shape)}" for name, shape in batches.items())
             raise ValueError(f"batch shapes do not broadcast: {found}") from None
@@ -145,7 +146,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
                 raise ValueError(f"observed: expected shape [..., {steps}], got {list(observed.shape)}")
             real = observed if real is None else real & observed
         if real is not None:
-            real = real.expand(torch.broadcast_shapes(real.shape, value.shape[: at + 1]))
+            real = real.expand(broadcast_shapes(real.shape, value.shape[: at + 1]))
             value = value.expand(*real.shape, *value.shape[at + 1 :])
             legal = self._legal(value, real)
             value = torch.where(real.reshape(*real.shape, *(1,) * inner), value, legal)
@@ -167,7 +168,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
     def _scores(self, value: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         emissions = self.emissions(value, observed)
         try:
-            shape = torch.broadcast_shapes(emissions.shape[:-2], self.batch_shape)
+            shape = broadcast_shapes(emissions.shape[:-2], self.batch_shape)
         except RuntimeError:
             raise ValueError(
                 f"value: batch shape {list(emissions.shape[:-2])} does not broadcast with {list(self.batch_shape)}, "

@@ -21,6 +21,7 @@ from probllm.distributions.semi_markov_crf import SemiMarkovCRF
 from probllm.math import recursion, semimarkov
 from probllm.math.chain import is_wrapped
 from probllm.math.semirings import LOG
+from probllm.math.shapes import broadcast_shapes
 
 
 class HiddenSemiMarkovModel(HiddenMarkovModel):
@@ -66,7 +67,7 @@ class HiddenSemiMarkovModel(HiddenMarkovModel):
         if duration_logits.dim() < 2 or duration_logits.shape[-2] != k or duration_logits.shape[-1] < 1:
             raise ValueError(f"duration_logits: expected shape [..., {k}, D], got {list(duration_logits.shape)}")
         try:
-            self._own_shape = torch.broadcast_shapes(self._own_shape, duration_logits.shape[:-2])
+            self._own_shape = broadcast_shapes(self._own_shape, duration_logits.shape[:-2])
         except RuntimeError:
             raise ValueError(
                 f"duration_logits: batch shape {list(duration_logits.shape[:-2])} does not broadcast with "

@@ -19,6 +19,7 @@ from probllm.math import recursion
 from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import MAX, SAMPLING, KMax, Semiring
+from probllm.math.shapes import broadcast_shapes
 
 SAMPLES_AT_ONCE = 1 << 24  # entries of the parts that are copied for one round of draws
 
@@ -53,7 +54,7 @@ class InsideDistribution(StructuredDistribution):
         check_lengths(lengths, longest)
         leading = {name: x.shape[: x.dim() - self._dims[name]] for name, x in parts.items()}
         try:
-            self._own_shape = torch.broadcast_shapes(*leading.values(), lengths.shape)
+            self._own_shape = broadcast_shapes(*leading.values(), lengths.shape)
         except RuntimeError:
             shapes = {name: list(shape) for name, shape in (*leading.items(), ("lengths", lengths.shape))}
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None

@@ -20,6 +20,7 @@ from probllm.math import alignment, ctc
 from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
 from probllm.math.recursion import log_partition
+from probllm.math.shapes import broadcast_shapes
 
 
 class MonotonicAlignment(InsideDistribution):
@@ -124,7 +125,7 @@ class MonotonicAlignment(InsideDistribution):
         _check_target_lengths(target_lengths, count)
         shapes = (log_probs.shape[:-2], targets.shape[:-1], lengths.shape, target_lengths.shape)
         try:
-            batch = shapes[0] if len(set(shapes)) == 1 else torch.broadcast_shapes(*shapes)
+            batch = shapes[0] if len(set(shapes)) == 1 else broadcast_shapes(*shapes)
         except RuntimeError:
             names = ("log_probs", "targets", "lengths", "target_lengths")
             raise ValueError(
@@ -197,7 +198,7 @@ class MonotonicAlignment(InsideDistribution):
 
     def _score(self, value: Tensor) -> Tensor:
         real = mask_from_lengths(self.lengths, value.shape[-1])
-        shape = torch.broadcast_shapes(value.shape, real.shape)
+        shape = broadcast_shapes(value.shape, real.shape)
         real, s = real.expand(shape), torch.where(real, value, 0).expand(shape)
         emissions, steps, start, end = (x.double() for x in self.parts.values())
         states, moves = emissions.shape[-1], steps.shape[-2]

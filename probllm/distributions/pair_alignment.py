@@ -20,6 +20,7 @@ from probllm.distributions.inside import InsideDistribution
 from probllm.math import pair_alignment
 from probllm.math.chain import is_wrapped
 from probllm.math.recursion import Recursion
+from probllm.math.shapes import broadcast_shapes
 
 EDITS = ((1, 1), (1, 0), (0, 1))  # match or substitute, delete, insert
 
@@ -96,7 +97,7 @@ class PairAlignment(InsideDistribution):
         for name, x, n in (("delete", delete, u), ("insert", insert, w)):
             if x.dim() < 1 or x.shape[-1] != n:
                 raise ValueError(f"{name}: expected shape [..., {n}], got {list(x.shape)}")
-        batch = torch.broadcast_shapes(match.shape[:-2], delete.shape[:-1], insert.shape[:-1])
+        batch = broadcast_shapes(match.shape[:-2], delete.shape[:-1], insert.shape[:-1])
         pad = torch.nn.functional.pad
         forbidden = -math.inf
         ways = (
@@ -139,7 +140,7 @@ class PairAlignment(InsideDistribution):
         bad = real & ((targets < 0) | (targets >= size) | (targets == blank))
         if not is_wrapped(bad) and bool(bad.any()):
             raise ValueError(f"targets: expected labels from 0 to {size - 1} other than the blank, {blank}")
-        batch = torch.broadcast_shapes(log_probs.shape[:-3], targets.shape[:-1], n.shape, m.shape)
+        batch = broadcast_shapes(log_probs.shape[:-3], targets.shape[:-1], n.shape, m.shape)
         log_probs = log_probs.expand(*batch, *log_probs.shape[-3:])
         labels = torch.where(real, targets, blank).expand(*batch, count)
         index = labels[..., None, :, None].expand(*batch, frames, count, 1)
@@ -191,7 +192,7 @@ class PairAlignment(InsideDistribution):
         scores = self.parts["scores"].double()
         rows, columns, count = scores.shape[-3:]
         table = torch.tensor([(0, 0), *self.moves], device=value.device)
-        shape = torch.broadcast_shapes(value.shape[:-1], self.lengths.shape[:-1])
+        shape = broadcast_shapes(value.shape[:-1], self.lengths.shape[:-1])
         value = value.expand(*shape, value.shape[-1])
         i, j = table[value].cumsum(-2).unbind(-1)
         n, m = self.lengths.expand(*shape, 2).unbind(-1)

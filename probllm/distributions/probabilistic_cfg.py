@@ -22,6 +22,7 @@ from probllm.math import cfg, low_rank_cfg, recursion
 from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.chain_torch import safe_logsumexp
 from probllm.math.masks import mask_from_lengths
+from probllm.math.shapes import broadcast_shapes
 
 
 class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
@@ -111,7 +112,7 @@ class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
                 raise TypeError(f"{name}: expected floating-point weights, got {x.dtype}")
         batches = {name: x.shape[: x.dim() - dims] for name, (x, dims) in tables.items()}
         try:
-            self._own_shape = torch.broadcast_shapes(*batches.values())
+            self._own_shape = broadcast_shapes(*batches.values())
         except RuntimeError:
             found = ", ".join(f"{name} {list(shape)}" for name, shape in batches.items())
             raise ValueError(f"batch shapes do not broadcast: {found}") from None
@@ -173,7 +174,7 @@ class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
             check_lengths(lengths, size)
             real = mask_from_lengths(lengths, size)
         try:
-            lead = torch.broadcast_shapes(words.shape[:-1], lengths.shape, self.batch_shape)
+            lead = broadcast_shapes(words.shape[:-1], lengths.shape, self.batch_shape)
         except RuntimeError:
             raise ValueError(
                 f"words: batch shape {list(words.shape[:-1])} and that of lengths, {list(lengths.shape)}, do not "
@@ -339,6 +340,6 @@ def _normalised(weights: Tensor) -> Tensor:
 
 def _normalised_together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two tables ``[..., N, .]`` whose rows sum to 1 together."""
-    lead = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    lead = broadcast_shapes(first.shape[:-1], second.shape[:-1])
     joint = _normalised(torch.cat([first.expand(*lead, -1), second.expand(*lead, -1)], -1))
     return joint[..., : first.shape[-1]], joint[..., first.shape[-1] :]

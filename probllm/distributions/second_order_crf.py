@@ -19,6 +19,7 @@ from probllm.math import second_order
 from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.chain_paths import top_k
 from probllm.math.masks import mask_from_lengths
+from probllm.math.shapes import broadcast_shapes
 
 _ORDERS = {"emissions": 2, "transitions": 3, "second": 2, "start": 1}  # dimensions beside the batch's
 
@@ -64,7 +65,7 @@ class SecondOrderCRF(StructuredDistribution):
         check_lengths(lengths, length)
         leading = {name: getattr(self, name).shape[:-order] for name, order in _ORDERS.items()}
         try:
-            self._own_shape = torch.broadcast_shapes(*leading.values(), lengths.shape)
+            self._own_shape = broadcast_shapes(*leading.values(), lengths.shape)
         except RuntimeError:
             shapes = {name: list(shape) for name, shape in (*leading.items(), ("lengths", lengths.shape))}
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
@@ -171,7 +172,7 @@ class SecondOrderCRF(StructuredDistribution):
 
     def _score(self, value: Tensor) -> Tensor:
         real = mask_from_lengths(self.lengths, value.shape[-1])
-        shape = torch.broadcast_shapes(value.shape, real.shape)
+        shape = broadcast_shapes(value.shape, real.shape)
         z, tags = torch.where(real, value, 0).expand(shape), self.emissions.shape[-1]
         score = self.emissions.double().expand(*shape, tags).gather(-1, z.unsqueeze(-1)).squeeze(-1)
         steps = [

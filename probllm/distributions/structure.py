@@ -24,6 +24,7 @@ from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
 from probllm.math.chain import is_wrapped
+from probllm.math.shapes import broadcast_shapes
 
 
 class _Structures(constraints.Constraint):
@@ -164,7 +165,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         if value.dim() < len(shape) or value.shape[value.dim() - len(shape) :] != shape:
             raise ValueError(f"value: expected shape [..., {', '.join(map(str, shape))}], got {list(value.shape)}")
         try:
-            torch.broadcast_shapes(value.shape[: value.dim() - len(shape)], self.batch_shape)
+            broadcast_shapes(value.shape[: value.dim() - len(shape)], self.batch_shape)
         except RuntimeError:
             raise ValueError(
                 f"value: batch shape {list(value.shape[: value.dim() - len(shape)])} does not broadcast with "
@@ -198,7 +199,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         legal, main = self._checked(value), next(iter(self.parts))
         ones = (1,) * len(self.event_shape)
         empty = (value < 0).flatten(value.dim() - len(ones)).any(-1)
-        shape = torch.broadcast_shapes(value.shape[: value.dim() - len(ones)], self.batch_shape)
+        shape = broadcast_shapes(value.shape[: value.dim() - len(ones)], self.batch_shape)
         scores = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in self.parts.items()}
         size = self._expand_part(main, self.parts[main]).shape[len(self.batch_shape) :]
         with torch.enable_grad():
@@ -299,7 +300,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
         return torch.where(log_z_p > -math.inf, value, torch.zeros_like(value)).to(self._dtype)
 
     def _grow_to(self, x: Tensor, other: StructuredDistribution) -> Tensor:
-        return x.expand(torch.broadcast_shapes(x.shape, self.batch_shape, other.batch_shape))
+        return x.expand(broadcast_shapes(x.shape, self.batch_shape, other.batch_shape))
 
     def _matching(self, other: Self) -> dict[str, Tensor]:
         """The other law's parts in shapes that broadcast with this one's expected parts."""
@@ -318,14 +319,14 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
             if name not in names:
                 raise ValueError(f"part_scores: expected names among {names}, got {name!r}")
             try:
-                torch.broadcast_shapes(score.shape, self._expected_parts()[name].shape)
+                broadcast_shapes(score.shape, self._expected_parts()[name].shape)
             except RuntimeError:
                 raise ValueError(
                     f"part_scores: expected {name} to broadcast with {list(self._expected_parts()[name].shape)}, "
                     f"got {list(score.shape)}"
                 ) from None
         mean = self._mean_of(scores)
-        return mean.expand(torch.broadcast_shapes(mean.shape, self.batch_shape)).to(self._dtype)
+        return mean.expand(broadcast_shapes(mean.shape, self.batch_shape)).to(self._dtype)
 
     def condition(self, allowed: Tensor) -> Self:
         """The law given that the structure is allowed; its ``log_partition`` keeps the mass of what is left."""
@@ -334,7 +335,7 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
     def _conditioned(self, **parts: Tensor) -> Self:
         """The law with some parts masked, over a batch no smaller than this one's."""
         law = self._with(**parts)
-        return law.expand(torch.broadcast_shapes(law.batch_shape, self.batch_shape))
+        return law.expand(broadcast_shapes(law.batch_shape, self.batch_shape))
 
     def log_prob_partial(self, allowed: Tensor) -> Tensor:
         """Log probability that the structure is an allowed one, ``[*batch]``: the likelihood of a partial label.
@@ -415,7 +416,7 @@ def masked(name: str, scores: Tensor, allowed: Tensor, event_dims: int) -> Tenso
     if allowed.dtype != torch.bool:
         raise TypeError(f"{name}: expected dtype torch.bool, got {allowed.dtype}")
     try:
-        shape = torch.broadcast_shapes(scores.shape, allowed.shape)
+        shape = broadcast_shapes(scores.shape, allowed.shape)
     except RuntimeError:
         raise ValueError(
             f"{name}: expected to broadcast with {list(scores.shape)}, got {list(allowed.shape)}"
