@@ -16,6 +16,7 @@ import math
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -234,8 +235,9 @@ def _log_z(
     done = forward_pass(emissions, transitions, start, end, lengths, keep=box is not None)
     if box is not None:
         box.append(done)
-    # what is returned must not be what the box holds: the graph would hold itself alive
-    return done.log_z.to(dtype, copy=True)
+    # what is returned is a copy, for the box must not hold it: the graph would hold itself alive
+    log_z = torch.from_numpy(done.log_z.astype(np.float32 if dtype == torch.float32 else np.float64))
+    return log_z if log_z.dtype == dtype else log_z.to(dtype)
 
 
 class _LogPartitionRules(torch.autograd.Function):

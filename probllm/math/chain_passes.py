@@ -82,7 +82,7 @@ class LogPart(NamedTuple):
 class Pass:
     """The result of ``forward``: log Z, and what the way back needs."""
 
-    log_z: Tensor  # [B] float64
+    log_z: np.ndarray  # [B] float64
     scores: list[np.ndarray]  # emissions [B, T, K], start and end [B, K], lengths [B]
     transitions: np.ndarray  # [G, S, K, K]
     scaled: list[ScaledPart]
@@ -95,7 +95,8 @@ class Pass:
         if len(self.scaled) == 1 and self.left is None:
             tags, pairs, flags = self.scaled[0].expectations(by)
             if not (self.scaled[0].zeros and flags.any()):
-                return torch.from_numpy(tags), torch.from_numpy(pairs.astype(by.dtype, copy=False))
+                pairs = pairs if pairs.dtype == by.dtype else pairs.astype(by.dtype)
+                return torch.from_numpy(tags), torch.from_numpy(pairs)
         tags, pairs = np.zeros(self.scores[0].shape, by.dtype), np.zeros(self.transitions.shape)
         groups = len(pairs)
         group = np.arange(len(by)) // (len(by) // groups)
@@ -148,7 +149,7 @@ def forward(
     if dtype is np.float32 and tables.forbids:
         dtype, tables = np.float64, _tables(table, np.float64)
     log_z, part = _scaled(scores, tables, keep)
-    done = Pass(torch.from_numpy(log_z), scores, table, [part])
+    done = Pass(log_z, scores, table, [part])
     left = part.flags.nonzero()[0]
     if not left.size:
         return done

@@ -171,7 +171,7 @@ def _best(chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError("transitions: scores must not be NaN or +inf (-inf forbids)")
         if dtype is np.float32 and greatest > kernels.SPAN32:
             continue
-        arguments = (emissions, start, end, lengths, *both, paths, flags)
+        arguments = (emissions, start, end, lengths, *both, dtype(1), paths, flags)
         run_shares(kernels.best, arguments, blocks, 0.02 * rows * steps * k * (k + 32))
         if not flags.any():
             break

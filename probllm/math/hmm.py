@@ -40,7 +40,7 @@ def expected_steps(chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
     """
     if chain.emissions.device.type == "cpu":
         done = forward_pass(*chain[:5])
-        log_z = done.log_z
+        log_z = torch.from_numpy(done.log_z)
         gamma, pairs = done.expectations(torch.ones(len(log_z), dtype=chain.emissions.dtype))
     else:
         parts = [x.detach().requires_grad_() for x in chain[:2]]

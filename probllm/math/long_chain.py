@@ -184,7 +184,7 @@ def _last_alpha(chain: Chain) -> Tensor:
         alpha = torch.from_numpy(alphas[chosen, lengths[index] - 1, :k]).double()
         alpha = alpha if logarithms else alpha.log()
         total = safe_logsumexp(alpha, -1)
-        scale = done.log_z[index] - torch.where(total == -math.inf, 0.0, total)
+        scale = torch.from_numpy(done.log_z[index]) - torch.where(total == -math.inf, 0.0, total)
         result[index] = alpha + scale.unsqueeze(-1)
     return result
 

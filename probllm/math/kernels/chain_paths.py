@@ -64,10 +64,10 @@ def search_flag(emissions, n, ends, narrow):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def best(emissions, start, end, lengths, forth, back, paths, flags, first, step):  # type: ignore[no-untyped-def]
+def best(emissions, start, end, lengths, forth, back, one, paths, flags, first, step):  # type: ignore[no-untyped-def]
     """One share of the blocks of four rows.
 
-    forth and back [G, S, K, P]: from ``tables``
+    forth and back [G, S, K, P]: from ``tables``; one: 1 in their type (see ``tiles``)
     flags [B]: rows that are not FAR are passed over; left 0, FAR (do the row again in float64) or BROKEN (NaN or +inf)
     paths [B, T]
     """
@@ -101,7 +101,7 @@ def best(emissions, start, end, lengths, forth, back, paths, flags, first, step)
                 longest = max(longest, n)
         for t in range(longest):
             if t:
-                best4(seen[t - 1], forth[g, t - 1 if times > 1 else 0], y, k)
+                best4(seen[t - 1], forth[g, t - 1 if times > 1 else 0], y, k, one)
             for r in range(4):
                 n = until[r]
                 if t >= n:

@@ -53,6 +53,10 @@ def run_shares(kernel: Callable[..., None], arguments: tuple[object, ...], piece
     waiting: list[Future[None]] = [pool.submit(kernel, *arguments, share, shares) for share in range(1, shares)]
     try:
         kernel(*arguments, 0, shares)
+        for share, future in enumerate(waiting, 1):
+            if future.cancel():  # on a busy machine its thread has not woken up yet
+                kernel(*arguments, share, shares)
     finally:
         for future in waiting:
-            future.result()
+            if not future.cancelled():
+                future.result()

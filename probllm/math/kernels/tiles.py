@@ -17,39 +17,60 @@ from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.vectors import Emit
 
 
-def _tile(lanes: int, vectors: int, rows: int, best: bool = False) -> Any:
-    """(x, matrix, out, k, column): out[:rows, column:column + lanes * vectors] = x[:rows, :k] @ matrix[:k, the same
-    columns].
+def _walk(emit: Emit, sig: Any, arguments: Any, vectors: int, rows: int, best: bool) -> None:
+    """Emits a tile: see ``_tile`` and ``_best``."""
+    builder = emit.builder
+    x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in range(3))
+    x_stride, m_stride, o_stride = (emit.row_stride(sig.args[i], arguments[i]) for i in range(3))
+    at = arguments[4]
+    one = emit.spread(arguments[5]) if best else None
+    sums = [[emit.variable(-math.inf if best else 0.0) for _ in range(vectors)] for _ in range(rows)]
+    with cgutils.for_range(builder, arguments[3], intp=emit.integer) as loop:
+        base = builder.add(builder.mul(loop.index, m_stride), at)
+        columns = [emit.load(m_data, builder.add(base, emit.integer(v * emit.lanes))) for v in range(vectors)]
+        for r in range(rows):
+            place = builder.add(builder.mul(emit.integer(r), x_stride), loop.index)
+            value = emit.spread(builder.load(builder.gep(x_data, [place])))
+            for v in range(vectors):
+                if best:
+                    emit.raise_to(sums[r][v], emit.multiply_add(columns[v], one, value))
+                else:
+                    emit.add_to(sums[r][v], emit.times(value, columns[v]))
+    for r in range(rows):
+        for v in range(vectors):
+            place = builder.add(builder.mul(emit.integer(r), o_stride), at)
+            emit.store(builder.load(sums[r][v]), o_data, builder.add(place, emit.integer(v * emit.lanes)))
 
-    With ``best`` the product is that of (max, +): out[r, j] = max_i x[r, i] + matrix[i, j].
-    """
+
+def _tile(lanes: int, vectors: int, rows: int) -> Any:
+    """(x, matrix, out, k, column): out[:rows, column:column + lanes * vectors] = x[:rows, :k] @ matrix[:k, the same
+    columns]."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, x: Any, matrix: Any, out: Any, k: Any, column: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = Emit(context, builder, sig.args[0].dtype, lanes)
-            x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in range(3))
-            x_stride, m_stride, o_stride = (emit.row_stride(sig.args[i], arguments[i]) for i in range(3))
-            at = arguments[4]
-            sums = [[emit.variable(-math.inf if best else 0.0) for _ in range(vectors)] for _ in range(rows)]
-            with cgutils.for_range(builder, arguments[3], intp=emit.integer) as loop:
-                base = builder.add(builder.mul(loop.index, m_stride), at)
-                columns = [emit.load(m_data, builder.add(base, emit.integer(v * lanes))) for v in range(vectors)]
-                for r in range(rows):
-                    place = builder.add(builder.mul(emit.integer(r), x_stride), loop.index)
-                    value = emit.spread(builder.load(builder.gep(x_data, [place])))
-                    for v in range(vectors):
-                        if best:
-                            emit.raise_to(sums[r][v], emit.plus(value, columns[v]))
-                        else:
-                            emit.add_to(sums[r][v], emit.times(value, columns[v]))
-            for r in range(rows):
-                for v in range(vectors):
-                    place = builder.add(builder.mul(emit.integer(r), o_stride), at)
-                    emit.store(builder.load(sums[r][v]), o_data, builder.add(place, emit.integer(v * lanes)))
+            _walk(Emit(context, builder, sig.args[0].dtype, lanes), sig, arguments, vectors, rows, best=False)
             return context.get_dummy_value()
 
         return types.void(x, matrix, out, k, column), generate
+
+    return tile
+
+
+def _best(lanes: int, vectors: int, rows: int) -> Any:
+    """(x, matrix, out, k, column, one): the product of ``_tile`` in (max, +): out[r, j] = max_i x[r, i] + matrix[i, j].
+
+    The sum is emitted as x + matrix * one: a multiply-add runs beside a maximum where a plain sum waits for it. ``one``
+    comes at run time, or the compiler would see that it is 1.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typingctx: Any, x: Any, matrix: Any, out: Any, k: Any, column: Any, one: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            _walk(Emit(context, builder, sig.args[0].dtype, lanes), sig, arguments, vectors, rows, best=True)
+            return context.get_dummy_value()
+
+        return types.void(x, matrix, out, k, column, one), generate
 
     return tile
 
@@ -94,9 +115,7 @@ def _outer(lanes: int, vectors: int) -> Any:
 
 
 _four4, _four8, _four16, _four32 = _tile(4, 1, 4), _tile(8, 1, 4), _tile(16, 1, 4), _tile(16, 2, 4)
-_best4, _best8, _best16, _best32 = (
-    _tile(4, 1, 4, best=True), _tile(8, 1, 4, best=True), _tile(16, 1, 4, best=True), _tile(16, 2, 4, best=True)
-)  # fmt: skip
+_best4, _best8, _best16, _best32 = _best(4, 1, 4), _best(8, 1, 4), _best(16, 1, 4), _best(16, 2, 4)
 _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), _tile(16, 4, 1)
 _outer4, _outer8, _outer16, _outer32 = _outer(4, 1), _outer(8, 1), _outer(16, 1), _outer(16, 2)
 
@@ -120,21 +139,22 @@ def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
 
 
 @compiled(inline="always")  # a call would copy the arrays' headers
-def best4(x, matrix, out, k):  # type: ignore[no-untyped-def]
-    """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for four rows; no NaN, no +inf."""
+def best4(x, matrix, out, k, one):  # type: ignore[no-untyped-def]
+    """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for four rows; no NaN, no +inf. ``one`` is 1: see
+    ``_best``."""
     width = matrix.shape[1]
     if width == 4:
-        _best4(x, matrix, out, k, 0)
+        _best4(x, matrix, out, k, 0, one)
     else:
         column = 0
         while column + 32 <= width:
-            _best32(x, matrix, out, k, column)
+            _best32(x, matrix, out, k, column, one)
             column += 32
         if column + 16 <= width:
-            _best16(x, matrix, out, k, column)
+            _best16(x, matrix, out, k, column, one)
             column += 16
         if column < width:
-            _best8(x, matrix, out, k, column)
+            _best8(x, matrix, out, k, column, one)
 
 
 @compiled()
