@@ -46,7 +46,7 @@ class ScaledPart:
         """Tags ``[N, T, K]``, transitions ``[G, S, K, K]``, and flags [N] of rows whose expectations are not here."""
         n, steps, width = self.alpha.shape
         _, groups, times, k, _ = self.tables.both.shape
-        pieces, cost = groups if groups > 1 else (n + 3) // 4, 0.02 * n * steps * k * (k + 32)
+        pieces, cost = groups if groups > 1 else (n + 3) // 4, 0.03 * n * steps * k * (k + 32)
         shares = shares_of(pieces, cost)
         weights: np.ndarray = np.empty((4 * shares if times == 1 else n, steps, width), self.alpha.dtype)
         tags: np.ndarray = np.empty((n, steps, k), row_weights.dtype)
@@ -190,7 +190,7 @@ def _scaled(scores: list[np.ndarray], tables: Tables, keep: bool) -> tuple[np.nd
     groups, width, dtype = tables.both.shape[1], tables.both.shape[4], tables.both.dtype
     zeros = dtype == np.float64
     log_z, flags = np.empty(rows), np.empty(rows, np.int64)
-    pieces, cost = groups * ((rows // groups + 3) // 4), 0.012 * rows * steps * k * (k + 32)
+    pieces, cost = groups * ((rows // groups + 3) // 4), 0.02 * rows * steps * k * (k + 32)
     kept = rows if keep else 4 * shares_of(pieces, cost)
     # one block: the allocator gives memory back to the system, and gets it anew page by page, sooner for two
     q, alpha = np.empty((2, kept, steps * width), dtype)
