@@ -194,8 +194,12 @@ def chain_log_partition(chain: Chain, dtype: torch.dtype = torch.float64) -> Ten
     if torch._C._are_functorch_transforms_active():
         result: Tensor = _LogPartition.apply(*chain[:5], dtype, None)  # type: ignore[no-untyped-call]
         return result
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in chain[:4])
-    result = _PlainLogPartition.apply(*chain[:5], dtype, [] if wanted else None)  # type: ignore[no-untyped-call]
+    emissions, transitions, start, end, lengths, _ = chain
+    needed = emissions.requires_grad or transitions.requires_grad or start.requires_grad or end.requires_grad
+    box: list[Pass] | None = [] if needed and torch.is_grad_enabled() else None
+    result = _PlainLogPartition.apply(  # type: ignore[no-untyped-call]
+        emissions, transitions, start, end, lengths, dtype, box
+    )
     return result
 
 

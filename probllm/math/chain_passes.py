@@ -50,7 +50,7 @@ class ScaledPart:
         shares = shares_of(pieces, cost)
         weights: np.ndarray = np.empty((4 * shares if times == 1 else n, steps, width), self.alpha.dtype)
         tags: np.ndarray = np.empty((n, steps, k), row_weights.dtype)
-        pairs: np.ndarray = np.zeros((groups if groups > 1 else shares, k, k), self.alpha.dtype)
+        pairs: np.ndarray = np.empty((groups if groups > 1 else shares, k, k), self.alpha.dtype)
         flags = self.flags.copy() if self.zeros else self.flags  # without zeros the way back flags nothing
         arguments = (
             self.q, self.sums, self.alpha, self.lengths, self.tables.both, self.zeros, row_weights, tags, weights,

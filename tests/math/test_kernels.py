@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +20,7 @@ from probllm.math import chain_torch
 from probllm.math.chain import as_chain, log_partition
 from probllm.math.chain_paths import sample, viterbi
 from probllm.math.kernels import exponentials
+from probllm.math.kernels import threads as kernel_threads
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.vectors import padded
 
@@ -50,6 +52,18 @@ def test_many_python_threads_at_once_give_what_one_gives(threads: int) -> None:
             for found, want in zip(pool.map(all_of, range(6)), expected, strict=True):
                 for x, y in zip(found, want, strict=True):
                     torch.testing.assert_close(x, y)
+
+
+def test_shares_whose_thread_does_not_wake_up_are_done_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    release, seen = threading.Event(), []
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(release.wait)  # the only thread is taken
+        monkeypatch.setattr(kernel_threads, "_pool", pool)
+        kernel_threads.run_shares(lambda *share: seen.append((*share, threading.get_ident())), ("work",), 8, 1e9)
+        release.set()
+    me = threading.get_ident()
+    assert seen == [("work", 0, 2, me), ("work", 1, 2, me)]
 
 
 def test_one_and_two_torch_threads_give_the_same() -> None:
