@@ -146,7 +146,9 @@ def tree_rows() -> Iterator[Row]:
             a = torch.randn(b, n, n)
             return lambda: getattr(torch_struct, peer)(a).argmax
 
-        yield Row(f"{name}: mode", f"B{b} N{n}", {"ours": ours_mode, "torch-struct": struct_mode})
+        # torch-struct has no best tree with crossing arcs
+        peers = {"ours": ours_mode} | ({"torch-struct": struct_mode} if peer == "DependencyCRF" else {})
+        yield Row(f"{name}: mode", f"B{b} N{n}", peers)
 
 
 def hmm_rows() -> Iterator[Row]:
