@@ -9,6 +9,7 @@ its own head needs, the root's. A structure is heads ``[T]``: 0 is the root, wor
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Self
 
@@ -18,15 +19,18 @@ from torch import Tensor
 from probllm.distributions.inside import InsideDistribution
 from probllm.math.eisner import heads_of
 from probllm.math.masks import mask_from_lengths
+from probllm.math.recursion import Recursion
 from probllm.math.shapes import broadcast_shapes
 from probllm.math.tree_search import best_trees, search_trees
 
 
 class DependencyTreeLaw(InsideDistribution):
-    """A subclass sets ``_projective`` and, for each instance, ``_recursion``."""
+    """A subclass sets what stands below without a value."""
 
     _dims: ClassVar[dict[str, int]] = {"arcs": 2}
     _projective: ClassVar[bool]
+    _recursions: ClassVar[tuple[Recursion, Recursion]]  # with one root, and with any number
+    _sampler: ClassVar[Callable[..., Tensor]]  # draws as ``tree_search.search_trees`` asks for them, given single_root
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class DependencyTreeLaw(InsideDistribution):
                 f"batch shapes do not broadcast: arcs {list(arcs.shape[:-2])}, root {list(root.shape[:-1])}"
             ) from None
         self.single_root = bool(single_root)
+        self._recursion = self._recursions[0 if self.single_root else 1]
         arcs, root = arcs.expand(*batch, words, words), root.to(arcs.dtype).expand(*batch, words)
         # scattered: the graph keeps no tensor, so that two results of one law can be differentiated one after the other
         table = torch.diagonal_scatter(arcs, root, 0, -2, -1)
@@ -91,6 +96,13 @@ class DependencyTreeLaw(InsideDistribution):
         search = partial(best_trees, single_root=self.single_root, projective=self._projective)
         found = search_trees(search, scores, self._flat_lengths(), scores.new_empty(k, scores.shape[0]))
         return found.reshape(k, *self._own_shape, *self.event_shape)
+
+    def _draw(self, n: int) -> Tensor:
+        scores = self._flat("arcs", False)
+        seeds = torch.randint(-(2**63), 2**63 - 1, (n, scores.shape[0]))
+        search = partial(self._sampler, single_root=self.single_root)
+        found = search_trees(search, scores, self._flat_lengths(), seeds)
+        return found.reshape(n, *self._own_shape, *self.event_shape)
 
     def _matching(self, other: Self) -> dict[str, Tensor]:
         if other.single_root != self.single_root:

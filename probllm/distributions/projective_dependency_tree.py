@@ -7,15 +7,11 @@ Eisner (1996), "Three new probabilistic models for dependency parsing". See ``pr
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
-
-import torch
-from torch import Tensor
 
 from probllm.distributions.dependency_tree import DependencyTreeLaw
 from probllm.math import eisner
-from probllm.math.tree_search import search_trees
+from probllm.math.recursion import Recursion
 
 
 class ProjectiveDependencyTree(DependencyTreeLaw):
@@ -35,21 +31,5 @@ class ProjectiveDependencyTree(DependencyTreeLaw):
     """
 
     _projective: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        arcs: Tensor,
-        root: Tensor,
-        single_root: bool = True,
-        lengths: Tensor | None = None,
-        validate_args: bool | None = None,
-    ) -> None:
-        super().__init__(arcs, root, single_root, lengths, validate_args)
-        self._recursion = eisner.ONE_ROOT if self.single_root else eisner.MANY_ROOTS
-
-    def _draw(self, n: int) -> Tensor:
-        scores = self._flat("arcs", False)
-        search = partial(eisner.sample_trees, single_root=self.single_root)
-        seeds = torch.randint(-(2**63), 2**63 - 1, (n, scores.shape[0]))
-        found = search_trees(search, scores, self._flat_lengths(), seeds)
-        return found.reshape(n, *self._own_shape, *self.event_shape)
+    _recursions: ClassVar[tuple[Recursion, Recursion]] = (eisner.ONE_ROOT, eisner.MANY_ROOTS)
+    _sampler = staticmethod(eisner.sample_trees)

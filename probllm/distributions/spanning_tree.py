@@ -9,15 +9,11 @@ by Wilson's algorithm.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
-
-import torch
-from torch import Tensor
 
 from probllm.distributions.dependency_tree import DependencyTreeLaw
 from probllm.math import matrix_tree
-from probllm.math.tree_search import search_trees
+from probllm.math.recursion import Recursion
 
 
 class SpanningTree(DependencyTreeLaw):
@@ -37,21 +33,5 @@ class SpanningTree(DependencyTreeLaw):
     """
 
     _projective: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        arcs: Tensor,
-        root: Tensor,
-        single_root: bool = True,
-        lengths: Tensor | None = None,
-        validate_args: bool | None = None,
-    ) -> None:
-        super().__init__(arcs, root, single_root, lengths, validate_args)
-        self._recursion = matrix_tree.ONE_ROOT if self.single_root else matrix_tree.MANY_ROOTS
-
-    def _draw(self, n: int) -> Tensor:
-        scores = self._flat("arcs", False)
-        search = partial(matrix_tree.sample_trees, single_root=self.single_root)
-        seeds = torch.randint(-(2**63), 2**63 - 1, (n, scores.shape[0]))
-        found = search_trees(search, scores, self._flat_lengths(), seeds)
-        return found.reshape(n, *self._own_shape, *self.event_shape)
+    _recursions: ClassVar[tuple[Recursion, Recursion]] = (matrix_tree.ONE_ROOT, matrix_tree.MANY_ROOTS)
+    _sampler = staticmethod(matrix_tree.sample_trees)
