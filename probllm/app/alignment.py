@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from probllm.app.comparison import Contrast, InputError, Measure, Outcome, Picture, Row, Settings
+from probllm.app.comparison import (
+    Contrast,
+    InputError,
+    Measure,
+    Outcome,
+    Picture,
+    Row,
+    Settings,
+    check_models,
+    files_of,
+)
 from probllm.app.tagging import learning_curve
 from probllm.app.transducers import ALL, BOTH, FRAMES, LSTM, NGRAM, Answers, Example, Task, Training, pairs_of, together
 from probllm.data import Dataset, Pair, TransductionVocabulary, letters_to_phonemes
@@ -44,9 +54,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Outcome:
     Raises:
         InputError: for a file that cannot be read, or a model that does not exist.
     """
-    unknown = [name for name in settings.models if name not in ALL]
-    if unknown:
-        raise InputError(f"there is no model {unknown[0]!r} in this comparison; there are: {', '.join(ALL)}")
+    check_models(settings.models, ALL)
     chosen = list(dict.fromkeys(settings.models or ALL))
     task = read_task(settings)
     say(task.about)
@@ -83,16 +91,13 @@ def read_task(settings: Settings) -> Task:
     """The words that the settings name, else the embedded ones."""
     if settings.column is not None:
         raise InputError("--column is for taggers: transducers read a source and a target, parted by a tab")
-    files = {"train": settings.train, "dev": settings.dev, "test": settings.test}
-    missing = [f"--{part}" for part, path in files.items() if path is None]
-    if 0 < len(missing) < 3:
-        raise InputError(f"train, dev and test files are needed together; missing: {', '.join(missing)}")
-    if missing:
+    files = files_of(settings)
+    if files is None:
         origin, parts = "CMU Pronouncing Dictionary, without stress", embedded()
         if settings.small:
             parts = [part[:size] for part, size in zip(parts, SMALL_SIZES, strict=True)]
     else:
-        origin, parts = f"{settings.train}", [read_file(path) for path in files.values() if path is not None]
+        origin, parts = f"{settings.train}", [read_file(path) for path in files]
     sizes = ", ".join(
         f"{len(part):,} {purpose}"
         for purpose, part in zip(("words to train on", "to stop by", "to test on"), parts, strict=True)

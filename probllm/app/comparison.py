@@ -8,7 +8,7 @@ here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -53,6 +53,27 @@ class Settings:
     """Where checkpoints lie; the same settings find theirs again."""
     progress: bool = True
     """Whether training draws progress bars."""
+
+
+def files_of(settings: Settings) -> list[Path] | None:
+    """The files to train on, to stop by and to test on; None where none is given.
+
+    Raises:
+        InputError: where some are given and others are not.
+    """
+    files = {"train": settings.train, "dev": settings.dev, "test": settings.test}
+    missing = [f"--{part}" for part, path in files.items() if path is None]
+    if 0 < len(missing) < 3:
+        raise InputError(f"train, dev and test files are needed together; missing: {', '.join(missing)}")
+    return [path for path in files.values() if path is not None] or None
+
+
+def check_models(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ``InputError`` for a model that is not among those of a comparison."""
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"there is no model {unknown[0]!r} in this comparison; there are: {', '.join(known)}")
 
 
 class Measure(NamedTuple):

@@ -18,7 +18,18 @@ import numpy as np
 import pyro
 import torch
 
-from probllm.app.comparison import Contrast, InputError, Measure, Outcome, Picture, Row, Settings, Value
+from probllm.app.comparison import (
+    Contrast,
+    InputError,
+    Measure,
+    Outcome,
+    Picture,
+    Row,
+    Settings,
+    Value,
+    check_models,
+    files_of,
+)
 from probllm.app.parse_verdict import Verdict, judge, parse
 from probllm.app.parsers import CANDIDATES, WORDS, Candidate, Setting
 from probllm.app.tagging import device_of, learning_curve
@@ -115,9 +126,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Outcome:
 
 def choose(settings: Settings) -> list[Candidate]:
     """The candidates that the settings name, else all."""
-    unknown = [name for name in settings.models if name not in CANDIDATES]
-    if unknown:
-        raise InputError(f"there is no model {unknown[0]!r} in this comparison; there are: {', '.join(CANDIDATES)}")
+    check_models(settings.models, CANDIDATES)
     return [CANDIDATES[name] for name in dict.fromkeys(settings.models or CANDIDATES)]
 
 
@@ -125,17 +134,14 @@ def read_task(settings: Settings) -> Task:
     """The sentences that the settings name, else the embedded ones."""
     if settings.column is not None:
         raise InputError("--column is for taggers: parsers read heads and relations, each in its own column")
-    files = {"train": settings.train, "dev": settings.dev, "test": settings.test}
-    missing = [f"--{part}" for part, path in files.items() if path is None]
-    if 0 < len(missing) < 3:
-        raise InputError(f"train, dev and test files are needed together; missing: {', '.join(missing)}")
-    if missing:
+    files = files_of(settings)
+    if files is None:
         origin, sentences = "Turkish Web Treebank", embedded()
         if settings.small:
             sentences = Split(*(part[:size] for part, size in zip(sentences, SMALL_SIZES, strict=True)))
     else:
         origin = f"{settings.train}"
-        sentences = Split(*(read_file(path) for path in files.values() if path is not None))
+        sentences = Split(*(read_file(path) for path in files))
     relations = {relation for part in sentences for sentence in part for relation in sentence.relations}
     vocabulary = ParsingVocabulary.build(sentences.train, relations=relations)
     sizes = ", ".join(

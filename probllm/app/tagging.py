@@ -20,7 +20,18 @@ import pyro
 import torch
 from torch import Tensor
 
-from probllm.app.comparison import Contrast, InputError, Measure, Outcome, Picture, Row, Settings, Value
+from probllm.app.comparison import (
+    Contrast,
+    InputError,
+    Measure,
+    Outcome,
+    Picture,
+    Row,
+    Settings,
+    Value,
+    check_models,
+    files_of,
+)
 from probllm.app.taggers import CANDIDATES, Candidate, Setting
 from probllm.app.verdict import Verdict, judge, tag
 from probllm.data import Dataset, Split, TaggedSentence, TaggingVocabulary, read_tagged, stress_tagging
@@ -132,19 +143,14 @@ def choose(settings: Settings) -> list[Candidate]:
     """The candidates that the settings name, else those of the small or the full setting."""
     if not settings.models:
         return [candidate for candidate in CANDIDATES.values() if candidate.in_small or not settings.small]
-    unknown = [name for name in settings.models if name not in CANDIDATES]
-    if unknown:
-        raise InputError(f"there is no model {unknown[0]!r} in this comparison; there are: {', '.join(CANDIDATES)}")
+    check_models(settings.models, CANDIDATES)
     return [CANDIDATES[name] for name in dict.fromkeys(settings.models)]
 
 
 def read_task(settings: Settings) -> Task:
     """The sentences that the settings name, else the embedded ones, and the ids that they become."""
-    files = {"train": settings.train, "dev": settings.dev, "test": settings.test}
-    missing = [f"--{part}" for part, path in files.items() if path is None]
-    if 0 < len(missing) < 3:
-        raise InputError(f"train, dev and test files are needed together; missing: {', '.join(missing)}")
-    if missing:
+    files = files_of(settings)
+    if files is None:
         if settings.column is not None:
             raise InputError("--column says which column of files holds the tags; give --train, --dev and --test too")
         origin, sentences = "Stress of the vowels in pronunciations (CMU Pronouncing Dictionary)", embedded()
@@ -152,7 +158,7 @@ def read_task(settings: Settings) -> Task:
             sentences = Split(*(part[:size] for part, size in zip(sentences, SMALL_SIZES, strict=True)))
     else:
         origin = f"{settings.train}"
-        sentences = Split(*(read_file(path, settings.column) for path in files.values() if path is not None))
+        sentences = Split(*(read_file(path, settings.column) for path in files))
     tags = {tag for part in sentences for sentence in part for tag in sentence.tags}
     vocabulary = TaggingVocabulary.build(sentences.train, tags=tags, min_count=1, bits=15 if settings.small else 18)
     data = (vocabulary.dataset(sentences.train), vocabulary.dataset(sentences.dev), vocabulary.dataset(sentences.test))
