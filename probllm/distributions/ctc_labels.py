@@ -6,21 +6,20 @@ p(labels) = sum over the paths z that collapse to them                          
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.monotonic_alignment import MonotonicAlignment
-from probllm.distributions.structure import expanded
+from probllm.distributions.summed_out import SummedOutDistribution
 from probllm.math.chain import check_lengths
 from probllm.math.masks import mask_from_lengths
 from probllm.math.shapes import broadcast_shapes
 
 
-class CTCLabels(TorchDistribution):  # type: ignore[misc]
+class CTCLabels(SummedOutDistribution):
     """A law over label sequences, written as ``[T]`` (or shorter, ``[U]``): the labels, then blanks.
 
     Args:
@@ -31,8 +30,8 @@ class CTCLabels(TorchDistribution):  # type: ignore[misc]
         TypeError, ValueError: for scores that are not floating point, and shapes or lengths that do not fit.
     """
 
-    has_enumerate_support = False
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    _of_what = "CTC's labels"
+    _because = "every label sequence sums over its alignments; best_path() approximates the mode"
 
     def __init__(
         self, log_probs: Tensor, lengths: Tensor | None = None, blank: int = 0, validate_args: bool | None = None
@@ -53,9 +52,6 @@ class CTCLabels(TorchDistribution):  # type: ignore[misc]
     @property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.integer_interval(0, self.log_probs.shape[-1] - 1), 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        return expanded(self, batch_shape, _instance)
 
     def posterior(self, value: Tensor) -> MonotonicAlignment:
         """The law of the alignments of labels ``[..., U]`` to the frames; its ``log_partition`` is log p(labels).
@@ -91,24 +87,6 @@ class CTCLabels(TorchDistribution):  # type: ignore[misc]
         """The labels ``[*batch, T]`` of the most probable path: a lower bound of the most probable labels."""
         best = self.log_probs.argmax(-1).expand(*self.batch_shape, self.event_shape[0])
         return collapse(torch.where(mask_from_lengths(self.lengths, self.event_shape[0]), best, self.blank), self.blank)
-
-    def _intractable(self, what: str) -> NoReturn:
-        raise NotImplementedError(
-            f"the {what} of CTC's labels is intractable: every label sequence sums over its alignments; best_path() "
-            "approximates the mode"
-        )
-
-    @property
-    def mode(self) -> Tensor:
-        self._intractable("mode")
-
-    def entropy(self) -> Tensor:
-        """Intractable.
-
-        Raises:
-            NotImplementedError: always, with the reason.
-        """
-        self._intractable("entropy")
 
 
 def collapse(paths: Tensor, blank: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probllm.distributions.hidden_markov_model import HiddenMarkovModel, _normalised
+from probllm.distributions.hidden_markov_model import HiddenMarkovModel, check_logits, normalised
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.math import factorial
 from probllm.math.shapes import broadcast_shapes
@@ -50,11 +50,7 @@ class FactorialHiddenMarkovModel(HiddenMarkovModel):
         duration: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        for name, logits in (("initial_logits", initial_logits), ("transition_logits", transition_logits)):
-            if not isinstance(logits, Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
-            if not logits.is_floating_point():
-                raise TypeError(f"{name}: expected floating-point logits, got {logits.dtype}")
+        check_logits(initial_logits=initial_logits, transition_logits=transition_logits)
         if initial_logits.dim() < 2 or 0 in initial_logits.shape[-2:]:
             raise ValueError(f"initial_logits: expected shape [..., M, K], got {list(initial_logits.shape)}")
         chains, k = initial_logits.shape[-2:]
@@ -62,7 +58,7 @@ class FactorialHiddenMarkovModel(HiddenMarkovModel):
             raise ValueError(
                 f"transition_logits: expected shape [..., {chains}, {k}, {k}], got {list(transition_logits.shape)}"
             )
-        self.chain_initial, self.chain_transition = _normalised(initial_logits), _normalised(transition_logits)
+        self.chain_initial, self.chain_transition = normalised(initial_logits), normalised(transition_logits)
         self._codes = factorial.joint_states(chains, k).to(initial_logits.device)
         joint = self.chain_initial[..., torch.arange(chains), self._codes].sum(-1)
         try:
@@ -105,23 +101,11 @@ class FactorialHiddenMarkovModel(HiddenMarkovModel):
         lengths = lengths.to(emissions.device).expand(emissions.shape[:-2])
         return factorial.log_partition(emissions, self.chain_initial, self.chain_transition, lengths)
 
-    def _rows(self, value: Tensor, observed: Tensor | None) -> Tensor:
-        """log p(x_t | z_t) over the whole batch."""
-        emissions = self.emissions(value, observed)
-        try:
-            shape = broadcast_shapes(emissions.shape[:-2], self.batch_shape)
-        except RuntimeError:
-            raise ValueError(
-                f"value: batch shape {list(emissions.shape[:-2])} does not broadcast with {list(self.batch_shape)}, "
-                "that of the law"
-            ) from None
-        return emissions.expand(*shape, *emissions.shape[-2:])
-
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x) ``[...]``, in nats, summed over all state sequences, and over steps where ``observed`` is False."""
         if self._is_small():
             return super().log_prob(value, observed)
-        emissions = self._rows(value, observed)
+        emissions = self._emission_rows(value, observed)
         return self._sum(emissions).to(emissions.dtype)
 
     def _is_small(self) -> bool:
@@ -134,7 +118,7 @@ class FactorialHiddenMarkovModel(HiddenMarkovModel):
             if self._is_small():
                 joint = self.posterior(value, observed).marginals
             else:
-                leaf = self._rows(value, observed).clone().requires_grad_()
+                leaf = self._emission_rows(value, observed).clone().requires_grad_()
                 with torch.enable_grad():
                     log_z = self._sum(leaf)
                     (joint,) = torch.autograd.grad(torch.where(log_z > -torch.inf, log_z, 0.0).sum(), leaf)

@@ -9,22 +9,21 @@ before its first observation.)
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.linear_chain_crf import LinearChainCRF
-from probllm.distributions.structure import expanded
+from probllm.distributions.summed_out import SummedOutDistribution
 from probllm.math.chain import as_chain, chain_log_partition, check_lengths, is_wrapped
 from probllm.math.masks import mask_from_lengths
 from probllm.math.shapes import broadcast_shapes
 from probllm.math.streaming import Filter
 
 
-class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
+class HiddenMarkovModel(SummedOutDistribution):
     """Law over observations ``[T, *observation]`` of a Markov chain with K hidden states.
 
     Args:
@@ -42,8 +41,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
     Source: Rabiner (1989).
     """
 
-    has_enumerate_support = False
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    _of_what = "an HMM's observations"
+    _because = "every observation sequence sums over all state sequences; posterior(x) has it for the states"
 
     def __init__(
         self,
@@ -54,11 +53,7 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         duration: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        for name, logits in (("initial_logits", initial_logits), ("transition_logits", transition_logits)):
-            if not isinstance(logits, Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
-            if not logits.is_floating_point():
-                raise TypeError(f"{name}: expected floating-point logits, got {logits.dtype}")
+        check_logits(initial_logits=initial_logits, transition_logits=transition_logits)
         if initial_logits.dim() < 1 or initial_logits.shape[-1] < 1:
             raise ValueError(f"initial_logits: expected shape [..., K], got {list(initial_logits.shape)}")
         k = initial_logits.shape[-1]
@@ -83,8 +78,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         self.duration = (
             steps.pop() if steps else (1 if transition_logits.dim() > 2 and transition_logits.shape[-3] == 0 else None)
         )
-        self.initial = _normalised(initial_logits)
-        self.transition = _normalised(transition_logits)
+        self.initial = normalised(initial_logits)
+        self.transition = normalised(transition_logits)
         self.observation_dist = observation_dist
         self.lengths = lengths
         if lengths is not None:
@@ -113,9 +108,6 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
     def support(self) -> constraints.Constraint:
         inner = self.observation_dist.support
         return constraints.independent(inner, 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        return expanded(self, batch_shape, _instance)
 
     def emissions(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x_t | z_t = k) as ``[..., T, K]``; 0 where ``observed`` is False, and on padding.
@@ -165,7 +157,8 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         legal: Tensor = one.reshape(-1, *one.shape[one.dim() - inner :])[0].to(value.dtype)
         return legal
 
-    def _scores(self, value: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _emission_rows(self, value: Tensor, observed: Tensor | None) -> Tensor:
+        """``emissions`` over the whole batch."""
         emissions = self.emissions(value, observed)
         try:
             shape = broadcast_shapes(emissions.shape[:-2], self.batch_shape)
@@ -174,18 +167,18 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
                 f"value: batch shape {list(emissions.shape[:-2])} does not broadcast with {list(self.batch_shape)}, "
                 "that of the law"
             ) from None
-        return emissions.expand(*shape, *emissions.shape[-2:]), self.transition, self.initial
+        return emissions.expand(*shape, *emissions.shape[-2:])
 
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x) ``[...]``, in nats, summed over all state sequences, and over steps where ``observed`` is False."""
-        emissions, transition, initial = self._scores(value, observed)
-        chain = as_chain(emissions, transition, initial, None, self.lengths)
+        emissions = self._emission_rows(value, observed)
+        chain = as_chain(emissions, self.transition, self.initial, None, self.lengths)
         return chain_log_partition(chain).view(chain.batch_shape).to(emissions.dtype)
 
     def posterior(self, value: Tensor, observed: Tensor | None = None) -> LinearChainCRF:
         """p(z | x), a law over state sequences; its ``log_partition`` is log p(x)."""
-        emissions, transition, initial = self._scores(value, observed)
-        return LinearChainCRF(emissions, transition, initial, None, self.lengths)
+        emissions = self._emission_rows(value, observed)
+        return LinearChainCRF(emissions, self.transition, self.initial, None, self.lengths)
 
     def log_prob_joint(self, states: Tensor, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(z, x) ``[...]``, in nats."""
@@ -267,26 +260,17 @@ class HiddenMarkovModel(TorchDistribution):  # type: ignore[misc]
         """Observations ``[*sample_shape, *batch, T, *observation]``; 0 on padding."""
         return self.sample_joint(sample_shape)[1]
 
-    def _intractable(self, what: str) -> NoReturn:
-        raise NotImplementedError(
-            f"the {what} of an HMM's observations is intractable: every observation sequence sums over all state "
-            "sequences; posterior(x) has it for the states"
-        )
 
-    @property
-    def mode(self) -> Tensor:
-        self._intractable("mode")
-
-    def entropy(self) -> Tensor:
-        """Intractable.
-
-        Raises:
-            NotImplementedError: always, with the reason.
-        """
-        self._intractable("entropy")
+def check_logits(**named: Any) -> None:
+    """Raises TypeError for what is no floating-point tensor."""
+    for name, logits in named.items():
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
+        if not logits.is_floating_point():
+            raise TypeError(f"{name}: expected floating-point logits, got {logits.dtype}")
 
 
-def _normalised(logits: Tensor) -> Tensor:
+def normalised(logits: Tensor) -> Tensor:
     """log_softmax over the last dimension that is -inf, with gradient 0, where all entries are -inf."""
     nothing = (logits == -math.inf).all(-1, keepdim=True)
     log = torch.log_softmax(torch.where(nothing, torch.zeros_like(logits), logits), -1)

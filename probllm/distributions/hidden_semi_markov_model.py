@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from probllm.distributions.hidden_markov_model import HiddenMarkovModel, _normalised
+from probllm.distributions.hidden_markov_model import HiddenMarkovModel, check_logits, normalised
 from probllm.distributions.semi_markov_crf import SemiMarkovCRF
 from probllm.math import recursion, semimarkov
 from probllm.math.chain import is_wrapped
@@ -60,10 +60,7 @@ class HiddenSemiMarkovModel(HiddenMarkovModel):
             transition_logits = transition_logits.unsqueeze(-3)  # one table for all steps
         super().__init__(initial_logits, transition_logits, observation_dist, lengths, duration, validate_args)
         k = self.num_states
-        if not isinstance(duration_logits, Tensor):
-            raise TypeError(f"duration_logits: expected a tensor, got {type(duration_logits).__name__}")
-        if not duration_logits.is_floating_point():
-            raise TypeError(f"duration_logits: expected floating-point logits, got {duration_logits.dtype}")
+        check_logits(duration_logits=duration_logits)
         if duration_logits.dim() < 2 or duration_logits.shape[-2] != k or duration_logits.shape[-1] < 1:
             raise ValueError(f"duration_logits: expected shape [..., {k}, D], got {list(duration_logits.shape)}")
         try:
@@ -74,7 +71,7 @@ class HiddenSemiMarkovModel(HiddenMarkovModel):
                 f"{list(self._own_shape)}"
             ) from None
         self._batch_shape = self._own_shape
-        self.durations = _normalised(duration_logits)
+        self.durations = normalised(duration_logits)
         self.right_censored = right_censored
 
     @property
@@ -84,21 +81,21 @@ class HiddenSemiMarkovModel(HiddenMarkovModel):
 
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x) ``[...]``, in nats, summed over all segmentations, and over steps where ``observed`` is False."""
-        emissions = self._scores(value, observed)[0]
+        emissions = self._emission_rows(value, observed)
         parts, lengths = self._rows(emissions)
         total = self._sum(parts, lengths).view(emissions.shape[:-2])
         return (total - self._log_boundary(emissions.shape[-2], emissions.device)).to(emissions.dtype)
 
     def posterior(self, value: Tensor, observed: Tensor | None = None) -> SemiMarkovCRF:
         """p(segmentation | x); its ``log_partition`` is log p(x). It holds T D K scores a row."""
-        emissions = self._scores(value, observed)[0]
+        emissions = self._emission_rows(value, observed)
         segments, lengths = self._segments(emissions)
         start = self.initial - self._log_boundary(emissions.shape[-2], emissions.device).unsqueeze(-1)
         return SemiMarkovCRF(segments, self._transition(), start, None, lengths)
 
     def viterbi(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """A most probable segmentation given x, ``[..., T]``; -1 where none is possible."""
-        emissions = self._scores(value, observed)[0]
+        emissions = self._emission_rows(value, observed)
         parts, lengths = self._rows(emissions)
         if any(x.device.type != "cpu" or is_wrapped(x) for x in (*parts, lengths)):
             return self.posterior(value, observed).mode
@@ -106,7 +103,7 @@ class HiddenSemiMarkovModel(HiddenMarkovModel):
 
     def state_marginals(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """Probability of each state at each step given x, ``[..., T, K]``; 0 at padding."""
-        emissions = self._scores(value, observed)[0]
+        emissions = self._emission_rows(value, observed)
         parts, lengths = self._rows(emissions)
         if not lengths.numel():
             return emissions * 1.0

@@ -9,15 +9,14 @@ preterminal becomes one word. Weights need not be normalised: log p is then the 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, Self
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.grammar_tree import GrammarTree, check_grammar, checked_unary
-from probllm.distributions.structure import expanded
+from probllm.distributions.summed_out import SummedOutDistribution
 from probllm.math import cfg, low_rank_cfg, recursion
 from probllm.math.chain import check_lengths, is_wrapped
 from probllm.math.chain_torch import safe_logsumexp
@@ -25,7 +24,7 @@ from probllm.math.masks import mask_from_lengths
 from probllm.math.shapes import broadcast_shapes
 
 
-class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
+class ProbabilisticCFG(SummedOutDistribution):
     """Law over sentences ``[T]`` of a grammar with N nonterminals, P preterminals and V words; -1 pads a sentence.
 
     Args:
@@ -42,8 +41,8 @@ class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
     Source: Baker (1979); Lari and Young (1990).
     """
 
-    has_enumerate_support = False
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    _of_what = "a grammar's sentences"
+    _because = "every sentence sums over all its trees; posterior(words) has it for the trees"
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
         except RuntimeError:
             found = ", ".join(f"{name} {list(shape)}" for name, shape in batches.items())
             raise ValueError(f"batch shapes do not broadcast: {found}") from None
-        TorchDistribution.__init__(self, self._own_shape, torch.Size((max_length or 1,)), validate_args=False)
+        super().__init__(self._own_shape, torch.Size((max_length or 1,)), validate_args=False)
 
     @property
     def rules(self) -> Tensor:
@@ -139,9 +138,6 @@ class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
     @property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.integer_interval(-1, self.num_words - 1), 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        return expanded(self, batch_shape, _instance)
 
     def normalised(self) -> Self:
         """The grammar with weights that sum to 1: over roots, over each nonterminal's rules and unary rules together
@@ -302,26 +298,6 @@ class ProbabilisticCFG(TorchDistribution):  # type: ignore[misc]
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Words ``[*sample, *batch, max_length]``, -1 behind the last; see ``sample_joint``."""
         return self.sample_joint(sample_shape)[1]
-
-    # ---- what no recursion gives
-
-    def _intractable(self, what: str) -> NoReturn:
-        raise NotImplementedError(
-            f"the {what} of a grammar's sentences is intractable: every sentence sums over all its trees; "
-            "posterior(words) has it for the trees"
-        )
-
-    @property
-    def mode(self) -> Tensor:
-        self._intractable("mode")
-
-    def entropy(self) -> Tensor:
-        """Intractable.
-
-        Raises:
-            NotImplementedError: always, with the reason.
-        """
-        self._intractable("entropy")
 
 
 def _rows(x: Tensor, dims: int, lead: torch.Size, rows: int) -> Tensor:
