@@ -75,9 +75,6 @@ class DependencyTreeLaw(InsideDistribution):
     def _greatest(self) -> int:
         return int(self.parts["arcs"].shape[-1])
 
-    def _real(self, value: Tensor) -> Tensor:
-        return torch.where(mask_from_lengths(self.lengths, value.shape[-1]), value, 0)
-
     def _score(self, value: Tensor) -> Tensor:
         real = mask_from_lengths(self.lengths, value.shape[-1])
         heads, real = torch.broadcast_tensors(torch.where(real, value, 0), real)

@@ -72,9 +72,6 @@ class HigherOrderCRF(InsideDistribution):
     def _greatest(self) -> int:
         return self.parts["emissions"].shape[-1] - 1
 
-    def _real(self, value: Tensor) -> Tensor:
-        return torch.where(mask_from_lengths(self.lengths, value.shape[-1]), value, 0)
-
     def _score(self, value: Tensor) -> Tensor:
         real = mask_from_lengths(self.lengths, value.shape[-1])
         value, real = torch.broadcast_tensors(torch.where(real, value, 0), real)

@@ -17,6 +17,7 @@ from torch import Tensor
 from probllm.distributions.structure import StructuredDistribution, masked
 from probllm.math import recursion
 from probllm.math.chain import check_lengths, is_wrapped
+from probllm.math.masks import mask_from_lengths
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import MAX, SAMPLING, KMax, Semiring
 from probllm.math.shapes import broadcast_shapes
@@ -25,7 +26,7 @@ SAMPLES_AT_ONCE = 1 << 24  # entries of the parts that are copied for one round 
 
 
 class InsideDistribution(StructuredDistribution):
-    """What a subclass sets, beside ``_structure``, ``_score``, ``_greatest``, ``_real`` and ``_with``."""
+    """What a subclass sets, beside ``_structure``, ``_score``, ``_greatest`` and ``_with``."""
 
     _dims: ClassVar[dict[str, int]]  # dimensions of each part beside the batch's, the main part first
     _recursion: Recursion
@@ -35,6 +36,10 @@ class InsideDistribution(StructuredDistribution):
     def _structure(self, used: dict[str, Tensor]) -> Tensor:
         """The structures ``[*lead, *event]`` that use the parts which are 1 (others 0), ``[*lead, ...]`` each."""
         raise NotImplementedError(f"{type(self).__name__} is abstract in _structure")
+
+    def _real(self, value: Tensor) -> Tensor:
+        """The value with 0 behind its length; a structure that is no sequence of steps says what its padding is."""
+        return torch.where(mask_from_lengths(self.lengths, value.shape[-1]), value, 0)
 
     def _set_up(self, parts: dict[str, Tensor], lengths: Tensor | None, longest: int, event: tuple[int, ...]) -> None:
         """Checks dtypes, broadcasts the batch shapes, and sets what the base needs. Event shapes: the caller's check.

@@ -193,9 +193,6 @@ class MonotonicAlignment(InsideDistribution):
     def _structure(self, used: dict[str, Tensor]) -> Tensor:
         return self._real(used["emissions"].argmax(-1))
 
-    def _real(self, value: Tensor) -> Tensor:
-        return torch.where(mask_from_lengths(self.lengths, value.shape[-1]), value, 0)
-
     def _score(self, value: Tensor) -> Tensor:
         real = mask_from_lengths(self.lengths, value.shape[-1])
         shape = broadcast_shapes(value.shape, real.shape)

@@ -188,6 +188,9 @@ class PairAlignment(InsideDistribution):
         order = (found == 0).to(torch.uint8).argsort(dim=-1, stable=True)
         return found.gather(-1, order)
 
+    def _real(self, value: Tensor) -> Tensor:
+        return value  # 0 is no move, wherever it stands: the score judges it
+
     def _score(self, value: Tensor) -> Tensor:
         scores = self.parts["scores"].double()
         rows, columns, count = scores.shape[-3:]

@@ -17,7 +17,6 @@ from torch import Tensor
 from probllm.distributions.inside import InsideDistribution
 from probllm.math import semimarkov
 from probllm.math.chain import is_wrapped
-from probllm.math.masks import mask_from_lengths
 
 
 class SemiMarkovCRF(InsideDistribution):
@@ -97,9 +96,6 @@ class SemiMarkovCRF(InsideDistribution):
 
     def _greatest(self) -> int:
         return int(self.parts["segments"].shape[-1])
-
-    def _real(self, value: Tensor) -> Tensor:
-        return torch.where(mask_from_lengths(self.lengths, value.shape[-1]), value, 0)
 
     def _score(self, value: Tensor) -> Tensor:
         lengths, value = torch.broadcast_tensors(self.lengths.unsqueeze(-1), value)

@@ -23,7 +23,7 @@ from probllm.distributions.hidden_markov_model import HiddenMarkovModel
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.math.masks import lengths_from_mask
 from probllm.models import hmm_learning
-from probllm.models.hmm_emissions import Emissions
+from probllm.models.hmm_emissions import Emissions, above_zero
 from probllm.models.hmm_learning import Estimate, Series, batches_of, matched
 from probllm.models.model import Batch, Model
 
@@ -49,12 +49,7 @@ class HMM(Model):
         self, emissions: Emissions, initial_concentration: float = 0.1, transition_concentration: float = 0.1
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("initial_concentration", initial_concentration),
-            ("transition_concentration", transition_concentration),
-        ):
-            if not value > 0:
-                raise ValueError(f"{name}: expected above 0, got {value}")
+        above_zero(initial_concentration=initial_concentration, transition_concentration=transition_concentration)
         k = emissions.num_states
         self.emissions = emissions
         self.initial_concentration, self.transition_concentration = initial_concentration, transition_concentration

@@ -36,16 +36,25 @@ class PartlyTagged(NamedTuple):
 
 def in_batches(sequences: Sequence[tuple[Tensor, Tensor]], max_tokens: int) -> list[PartlyTagged]:
     """Symbols and tags ``[T]`` of each sequence as padded batches of similar length, of some ``max_tokens`` each."""
+    return [PartlyTagged(*batch) for batch in padded(sequences, max_tokens)]
+
+
+def padded(sequences: Sequence[tuple[Tensor, Tensor]], most: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Pairs of tensors ``[T, ...]`` in batches of similar length, padding counted of some ``most`` steps each.
+
+    Returns:
+        the two of each batch ``[B, T, ...]``, padded with 0, and their lengths ``[B]``.
+    """
     batches: list[list[tuple[Tensor, Tensor]]] = [[]]
     for sequence in sorted(sequences, key=lambda sequence: len(sequence[0])):
-        if batches[-1] and (len(batches[-1]) + 1) * len(sequence[0]) > max_tokens:
+        if batches[-1] and (len(batches[-1]) + 1) * len(sequence[0]) > most:
             batches.append([])
         batches[-1].append(sequence)
     return [
-        PartlyTagged(
-            pad_sequence([symbols for symbols, _ in batch], batch_first=True),
-            pad_sequence([tags for _, tags in batch], batch_first=True),
-            torch.tensor([len(symbols) for symbols, _ in batch]),
+        (
+            pad_sequence([first for first, _ in batch], batch_first=True),
+            pad_sequence([second for _, second in batch], batch_first=True),
+            torch.tensor([len(first) for first, _ in batch]),
         )
         for batch in batches
     ]

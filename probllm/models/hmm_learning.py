@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probllm.math.chain import as_chain
 from probllm.math.conjugate import dirichlet_divergence, expected_log
 from probllm.math.hmm import expected_steps
 from probllm.models.hmm_emissions import Emissions, Statistics
+from probllm.models.hmm_estimation import padded
 
 
 class Series(NamedTuple):
@@ -69,20 +70,7 @@ class Sums(NamedTuple):
 
 def batches_of(sequences: Sequence[tuple[Tensor, Tensor]], max_steps: int) -> list[Series]:
     """Observations ``[T, ...]`` and what was seen ``[T]`` as padded batches of similar length."""
-    batches: list[list[tuple[Tensor, Tensor]]] = [[]]
-    for sequence in sorted(sequences, key=lambda sequence: len(sequence[0])):
-        if batches[-1] and (len(batches[-1]) + 1) * len(sequence[0]) > max_steps:
-            batches.append([])
-        batches[-1].append(sequence)
-    pad = nn.utils.rnn.pad_sequence
-    return [
-        Series(
-            pad([x for x, _ in batch], batch_first=True),
-            torch.tensor([len(x) for x, _ in batch]),
-            pad([seen for _, seen in batch], batch_first=True),
-        )
-        for batch in batches
-    ]
+    return [Series(x, lengths, seen) for x, seen, lengths in padded(sequences, max_steps)]
 
 
 def chain_steps(rows: Rows, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Rows]:

@@ -20,7 +20,7 @@ from probllm.distributions.hidden_semi_markov_model import HiddenSemiMarkovModel
 from probllm.distributions.semi_markov_crf import SemiMarkovCRF
 from probllm.math import recursion, semimarkov
 from probllm.models.hmm import HMM
-from probllm.models.hmm_emissions import Emissions
+from probllm.models.hmm_emissions import Emissions, above_zero, at_least_one
 from probllm.models.hmm_learning import Estimate, Rows
 from probllm.models.model import Batch
 
@@ -45,10 +45,8 @@ class HSMM(HMM):
         super().__init__(emissions, initial_concentration, transition_concentration)
         if emissions.num_states < 2:
             raise ValueError(f"emissions: expected at least 2 states, got {emissions.num_states}")
-        if max_duration < 1:
-            raise ValueError(f"max_duration: expected at least 1, got {max_duration}")
-        if not duration_concentration > 0:
-            raise ValueError(f"duration_concentration: expected above 0, got {duration_concentration}")
+        at_least_one(max_duration=max_duration)
+        above_zero(duration_concentration=duration_concentration)
         self.max_duration, self.duration_concentration = max_duration, duration_concentration
         self.durations = nn.Parameter(torch.zeros(emissions.num_states, max_duration))
 
