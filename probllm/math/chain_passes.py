@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math import room
 from probllm.math.kernels import chain_log, chain_scaled
 from probllm.math.kernels.exponentials import BROKEN
 from probllm.math.kernels.threads import run_shares, shares_of
@@ -48,8 +49,8 @@ class ScaledPart:
         _, groups, times, k, _ = self.tables.both.shape
         pieces, cost = groups if groups > 1 else (n + 3) // 4, 0.03 * n * steps * k * (k + 32)
         shares = shares_of(pieces, cost)
-        weights: np.ndarray = np.empty((4 * shares if times == 1 else n, steps, width), self.alpha.dtype)
-        tags: np.ndarray = np.empty((n, steps, k), row_weights.dtype)
+        weights = room.empty((4 * shares if times == 1 else n, steps, width), self.alpha.dtype)
+        tags = room.empty((n, steps, k), row_weights.dtype)
         pairs: np.ndarray = np.empty((groups if groups > 1 else shares, k, k), self.alpha.dtype)
         flags = self.flags.copy() if self.zeros else self.flags  # without zeros the way back flags nothing
         arguments = (
@@ -123,7 +124,7 @@ class Pass:
         n, times = rows.size, self.transitions.shape[1]
         table = self.transitions.astype(np.float64)
         back = np.ascontiguousarray(table.swapaxes(-1, -2))
-        alpha = np.empty((n, steps if backward else 0, k))
+        alpha = room.empty((n, steps if backward else 0, k))
         tags = np.empty((n, steps if backward == 2 else 0, k))
         pairs = np.empty((n, times if backward == 2 else 0, k, k))
         part = LogPart(np.empty(n), alpha, back, tags, pairs)
@@ -175,7 +176,7 @@ def forward(
 
 def _tables(transitions: np.ndarray, dtype: type) -> Tables:
     groups, times, k, _ = transitions.shape
-    both: np.ndarray = np.empty((2, groups, times, k, padded(k)), dtype)
+    both = room.empty((2, groups, times, k, padded(k)), dtype)
     numbers: np.ndarray = np.empty((3, groups, times))
     run_shares(chain_scaled.tables, (transitions, both, numbers), groups * times, 2.0 * transitions.size)
     seen = numbers.item(-1) if numbers.size == 3 else numbers[2].max(initial=0.0)
@@ -192,9 +193,8 @@ def _scaled(scores: list[np.ndarray], tables: Tables, keep: bool) -> tuple[np.nd
     log_z, flags = np.empty(rows), np.empty(rows, np.int64)
     pieces, cost = groups * ((rows // groups + 3) // 4), 0.02 * rows * steps * k * (k + 32)
     kept = rows if keep else 4 * shares_of(pieces, cost)
-    # one block: the allocator gives memory back to the system, and gets it anew page by page, sooner for two
-    q, alpha = np.empty((2, kept, steps * width), dtype)
-    sums: np.ndarray = np.empty((kept, steps), dtype)
+    q, alpha = room.empty((2, kept, steps * width), dtype)
+    sums = room.empty((kept, steps), dtype)
     alpha = alpha.reshape(kept, steps, width)
     arguments = (
         *scores, tables.both, tables.numbers, zeros, keep, q, sums, alpha, log_z, flags,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probllm.math import chain_torch
+from probllm.math import chain_torch, room
 from probllm.math.chain import Chain, as_chain, fold
 from probllm.math.chain_passes import forward as forward_pass
 from probllm.math.kernels import chain_paths as kernels
@@ -161,9 +161,9 @@ def _best(chain: Chain, extra: Tensor) -> tuple[Tensor, Tensor]:
     groups, times = transitions.shape[:2]
     paths = np.empty((rows, steps), np.int64)
     flags = np.full(rows, kernels.FAR)
-    blocks, n = groups * ((rows // groups + 3) // 4) if rows else 0, groups * times
+    blocks, n = groups * -(-rows // groups // kernels.ROWS) if rows else 0, groups * times
     for dtype in (np.float32, np.float64) if emissions.dtype == np.float32 else (np.float64,):
-        both, highest = np.empty((2, groups, times, k, padded(k)), dtype), np.empty(n)
+        both, highest = room.empty((2, groups, times, k, padded(k)), dtype), np.empty(n)
         arguments = (transitions.reshape(n, k, k), *both.reshape(2, n, k, both.shape[-1]), highest)
         run_shares(kernels.tables, arguments, n, 2.0 * n * k * k)
         greatest = highest.max(initial=0.0)

@@ -18,12 +18,14 @@ import numpy as np
 from probllm.math.kernels.chain_scaled import by_falling_length
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.exponentials import BROKEN, lowest_allowed, outer_steps
-from probllm.math.kernels.tiles import best4
-from probllm.math.kernels.vectors import climb, highest_sum, reach
+from probllm.math.kernels.tiles import best_sums
+from probllm.math.kernels.vectors import climb, highest_sum, place_of_highest_sum, reach
 
 FAR = 1
 # scores beyond this (in nats) lose digits in float32
 SPAN32 = 2000.0
+# rows that share a step of ``best``
+ROWS = 4
 
 
 @compiled()
@@ -74,22 +76,23 @@ def best(emissions, start, end, lengths, forth, back, one, paths, flags, first, 
     rows, steps, k = emissions.shape
     groups, times, _, width = forth.shape
     in_group = rows // groups
-    blocks = (in_group + 3) // 4
+    blocks = (in_group + ROWS - 1) // ROWS
     order = by_falling_length(lengths, groups, steps)
     narrow = forth.itemsize == 4
-    y = np.empty((4, width), forth.dtype)
-    ends = np.empty((4, 2 * width), forth.dtype)  # the first and the last step, with start and end
-    seen = np.empty((steps, 4, width), forth.dtype)
-    by = np.empty(4, forth.dtype)
-    until, which = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    y = np.empty((ROWS, width), forth.dtype)
+    ends = np.empty((ROWS, 2 * width), forth.dtype)  # the first and the last step, with start and end
+    seen = np.empty((steps, ROWS, width), forth.dtype)
+    by = np.empty(ROWS, forth.dtype)
+    until, which = np.zeros(ROWS, np.int64), np.zeros(ROWS, np.int64)
     for block in range(first, groups * blocks, step):
-        g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
+        g, begin = block // blocks, block // blocks * in_group + ROWS * (block % blocks)
+        size = min(ROWS, (g + 1) * in_group - begin)
         longest = 0
         y[:] = -np.inf
         y[:, :k] = 0
         seen[0] = -np.inf
         until[:] = 0
-        for r in range(min(4, (g + 1) * in_group - begin)):
+        for r in range(size):
             b = which[r] = order[begin + r]
             if flags[b] != FAR:
                 continue
@@ -101,12 +104,12 @@ def best(emissions, start, end, lengths, forth, back, one, paths, flags, first, 
                 longest = max(longest, n)
         for t in range(longest):
             if t:
-                best4(seen[t - 1], forth[g, t - 1 if times > 1 else 0], y, k, one)
-            for r in range(4):
+                best_sums(seen[t - 1], forth[g, t - 1 if times > 1 else 0], y, k, one, size)
+            for r in range(size):
                 n = until[r]
                 if t >= n:
                     continue
-                there = (4 * t + r) * width
+                there = (ROWS * t + r) * width
                 if 0 < t < n - 1:
                     here = (which[r] * steps + t) * k
                     by[r] = climb(y, r * width, by[r], emissions, here, k, seen, there, width)
@@ -116,24 +119,22 @@ def best(emissions, start, end, lengths, forth, back, one, paths, flags, first, 
                 if by[r] == -np.inf:
                     paths[which[r]] = -1
                     until[r] = 0
-        for r in range(4):
+        for r in range(size):
             n = until[r]
             if n == 0:
                 continue
-            path = paths[which[r]]
-            path[n:] = 0
-            tag = 0
+            b, tag = which[r], 0
             for j in range(1, k):
                 if seen[n - 1, r, j] > seen[n - 1, r, tag]:
                     tag = j
-            path[n - 1] = tag
-            for t in range(n - 2, -1, -1):
-                column, scores = back[g, t if times > 1 else 0, tag], seen[t, r]
-                high = highest_sum(scores, column, width)
-                tag = 0
-                while scores[tag] + column[tag] != high:
-                    tag += 1
-                path[t] = tag
+            paths[b, n:], paths[b, n - 1] = 0, tag
+        # step by step, not row by row: the rows do not wait for each other
+        for t in range(longest - 2, -1, -1):
+            for r in range(size):
+                if t < until[r] - 1:
+                    b = which[r]
+                    column = back[g, t if times > 1 else 0, paths[b, t + 1]]
+                    paths[b, t] = place_of_highest_sum(seen[t, r], column, width)
 
 
 @compiled()

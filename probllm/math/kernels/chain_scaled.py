@@ -37,7 +37,7 @@ from probllm.math.kernels.exponentials import (
     lowest_allowed,
     times_zero,
 )
-from probllm.math.kernels.scaled_steps import backward_step, forward_step
+from probllm.math.kernels.scaled_steps import backward_step, backward_steps, forward_step, forward_steps
 from probllm.math.kernels.tiles import add_outer, product1, product4
 
 TINY = 2
@@ -123,8 +123,8 @@ def forward(  # type: ignore[no-untyped-def]
     emissions [B, T, K], start and end [B, K], lengths [B]
     both [2, G, S, K, P] and numbers [3, G, S]: from ``tables``; S is 1 or T - 1; B / G rows in a row share a group
     keep: whether q [B, T P], sums [B, T]: c_t, and alpha [B, T, P]: filtered probabilities, are wanted; behind the end
-        of a row and in a flagged one alpha is 0 and the others are not written. Else q and alpha are room for four
-        rows a share.
+        of a row and in a flagged one alpha is 0 and the others are not written. Else they are room for four rows a
+        share.
     log_z [B] and flags [B] are set.
     """
     rows, steps, k = emissions.shape
@@ -135,8 +135,8 @@ def forward(  # type: ignore[no-untyped-def]
     order = by_falling_length(lengths, groups, steps)
     one = dtype.type(1)
     x, y = np.zeros((4, width), dtype), np.zeros((4, width), dtype)
-    found, inverse = np.empty(4), np.empty(4, dtype)
-    which, until, at = np.zeros(4, np.int64), np.zeros(4, np.int64), np.zeros(4, np.int64)
+    found, inverse, totals = np.empty(4), np.empty(4, dtype), np.empty(4, dtype)
+    which, until, home, places = np.zeros((4, 4), np.int64)
     product = np.empty(4)
     for block in range(first, groups * blocks, step):
         g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
@@ -147,34 +147,42 @@ def forward(  # type: ignore[no-untyped-def]
         most = (SPAN64 if zeros else SPAN32) - 2 * spread - math.log(k)
         for r in range(size):
             b = which[r] = order[begin + r]
-            at[r] = b if keep else 4 * first + r
+            at = b if keep else 4 * first + r
+            places[r], home[r] = at * steps, at * steps if keep else at
             n = lengths[b]
-            log_z[b], flags[b] = exponentials(emissions[b], start[b], end[b], n, most, zeros, width, q[at[r]], found)
+            log_z[b], flags[b] = exponentials(emissions[b], start[b], end[b], n, most, zeros, width, q[at], found)
             until[r] = 0 if flags[b] else n
             longest = max(longest, until[r])
             product[r], inverse[r] = 1.0, one
             for j in range(width):
                 y[r, j] = one if j < k else one * 0
+        together = until.min() if size == 4 and not zeros else 0  # steps that four rows have in common
         for t in range(longest):
-            s = max(0, t - 1) if times > 1 else 0
+            s, there = max(0, t - 1) if times > 1 else 0, t if keep else 0
             if t:
                 if size == 1:
                     product1(x, both[0, g, s], y, k)
                 else:
                     product4(x, both[0, g, s], y, k)
+            if t < together:
+                forward_steps(y, inverse, q, places, t, x, alpha, home, there, sums, totals, width)
+                low, high = 1.0, 1.0
+                for r in range(4):
+                    product[r] *= totals[r]
+                    low, high = min(low, product[r]), max(high, product[r])
+                if low < 1e-200 or high > 1e200:
+                    for r in range(4):
+                        log_z[which[r]] += math.log(product[r])
+                        product[r] = 1.0
+                continue
             for r in range(size):
                 if t >= until[r]:
                     continue
-                b, here = which[r], (at[r] * steps + t) * width
-                c = forward_step(y, r * width, inverse[r], q, here, x, alpha, here if keep else at[r] * width, width)
+                forward_step(y, inverse, q, places, t, x, alpha, home, there, sums, totals, width, r)
+                c, b = totals[r], which[r]
                 if zeros and (c < LEAST_SUM or some_tiny(x[r], k)):
                     flags[b], until[r] = TINY, 0
                     continue
-                if t and times > 1:
-                    log_z[b] += offsets[g, s]
-                inverse[r] = one / c
-                if keep:
-                    sums[b, t] = c
                 product[r] *= c
                 if product[r] < 1e-200 or product[r] > 1e200:
                     log_z[b] += math.log(product[r])
@@ -184,6 +192,9 @@ def forward(  # type: ignore[no-untyped-def]
             log_z[b] += math.log(product[r])
             if times == 1:
                 log_z[b] += (lengths[b] - 1) * offsets[g, 0]
+            else:
+                for t in range(1, lengths[b]):
+                    log_z[b] += offsets[g, t - 1]
             if keep:
                 alpha[b, 0 if flags[b] else lengths[b] :] = 0
 
@@ -212,8 +223,8 @@ def backward(  # type: ignore[no-untyped-def]
     x, y = np.zeros((4, width), dtype), np.zeros((4, width), dtype)
     shared = times == 1
     total = np.zeros((width, width), dtype)
-    inverse, totals = np.empty(4, dtype), np.empty(2, dtype)
-    which, until = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    inverse, totals, by = np.empty(4, dtype), np.empty(4, dtype), np.empty(4, dtype)
+    which, until, home, places = np.zeros((4, 4), np.int64)
     # one group: its blocks are shared out, and each share has sums of its own
     pieces, in_piece = (blocks, 1) if groups == 1 else (groups, blocks)
     for piece in range(first, pieces, step):
@@ -225,26 +236,27 @@ def backward(  # type: ignore[no-untyped-def]
                 b = which[r] = order[begin + r]
                 until[r] = 0 if flags[b] else lengths[b]
                 longest = max(longest, until[r])
+                places[r], home[r] = b * steps, (4 * first + r if shared else b) * steps
+                by[r] = row_weights[b]
+            together = until.min() if size == 4 and not zeros else 0  # steps that four rows have in common
             for t in range(longest - 1, -1, -1):
-                for r in range(size):
-                    n = until[r]
-                    if t >= n:
-                        continue
-                    b = which[r]
-                    if t == n - 1:
+                for r in range(size if t >= together - 1 else 0):
+                    if t == until[r] - 1:  # a row begins
                         inverse[r] = one
                         for j in range(width):
                             y[r, j] = one if j < k else one * 0
-                    here, place = b * steps + t, ((4 * first + r if shared else b) * steps + t) * width
-                    backward_step(
-                        y, r * width, inverse[r], q, here * width, x, alpha, sums[b, t], one * row_weights[b],
-                        tags, here * k, k, weights, place, totals, width,
-                    )  # fmt: skip
-                    d, z = totals[0], totals[1]
-                    if zeros and (z < LEAST_SUM or d < LEAST_SUM or some_tiny(x[r], k)):
-                        flags[b], until[r] = TINY, 0
-                        continue
-                    inverse[r] = one / d
+                if t < together:
+                    backward_steps(y, inverse, q, places, t, x, alpha, sums, by, tags, k, weights, home, totals, width)
+                else:
+                    for r in range(size):
+                        if t >= until[r]:
+                            continue
+                        backward_step(
+                            y, inverse, q, places, t, x, alpha, sums, by, tags, k, weights, home, totals, width, r
+                        )
+                        least = min(totals[r], one / inverse[r])
+                        if zeros and (least < LEAST_SUM or some_tiny(x[r], k)):
+                            flags[which[r]], until[r] = TINY, 0
                 if t:
                     s = 0 if shared else t - 1
                     if size == 1:

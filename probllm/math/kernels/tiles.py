@@ -115,7 +115,9 @@ def _outer(lanes: int, vectors: int) -> Any:
 
 
 _four4, _four8, _four16, _four32 = _tile(4, 1, 4), _tile(8, 1, 4), _tile(16, 1, 4), _tile(16, 2, 4)
-_best4, _best8, _best16, _best32 = _best(4, 1, 4), _best(8, 1, 4), _best(16, 1, 4), _best(16, 2, 4)
+_best4x1, _best8x1, _best16x1, _best64x1 = _best(4, 1, 1), _best(8, 1, 1), _best(16, 1, 1), _best(16, 4, 1)
+_best4x4, _best8x4, _best16x4, _best64x4 = _best(4, 1, 4), _best(8, 1, 4), _best(16, 1, 4), _best(16, 4, 4)
+_best32x4 = _best(16, 2, 4)
 _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), _tile(16, 4, 1)
 _outer4, _outer8, _outer16, _outer32 = _outer(4, 1), _outer(8, 1), _outer(16, 1), _outer(16, 2)
 
@@ -139,22 +141,36 @@ def product4(x, matrix, out, k):  # type: ignore[no-untyped-def]
 
 
 @compiled(inline="always")  # a call would copy the arrays' headers
-def best4(x, matrix, out, k, one):  # type: ignore[no-untyped-def]
-    """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for four rows; no NaN, no +inf. ``one`` is 1: see
-    ``_best``."""
-    width = matrix.shape[1]
-    if width == 4:
-        _best4(x, matrix, out, k, 0, one)
+def best_sums(x, matrix, out, k, one, rows):  # type: ignore[no-untyped-def]
+    """out[r, j] = max over i < k of x[r, i] + matrix[i, j], for one row, or for four; no NaN, no +inf. ``one`` is 1:
+    see ``_best``."""
+    width, column = matrix.shape[1], 0
+    if rows == 1:
+        if width == 4:
+            _best4x1(x, matrix, out, k, 0, one)
+        else:
+            while column + 64 <= width:
+                _best64x1(x, matrix, out, k, column, one)
+                column += 64
+            while column + 16 <= width:
+                _best16x1(x, matrix, out, k, column, one)
+                column += 16
+            if column < width:
+                _best8x1(x, matrix, out, k, column, one)
+    elif width == 4:
+        _best4x4(x, matrix, out, k, 0, one)
     else:
-        column = 0
-        while column + 32 <= width:
-            _best32(x, matrix, out, k, column, one)
+        while column + 64 <= width:
+            _best64x4(x, matrix, out, k, column, one)
+            column += 64
+        if column + 32 <= width:
+            _best32x4(x, matrix, out, k, column, one)
             column += 32
         if column + 16 <= width:
-            _best16(x, matrix, out, k, column, one)
+            _best16x4(x, matrix, out, k, column, one)
             column += 16
         if column < width:
-            _best8(x, matrix, out, k, column, one)
+            _best8x4(x, matrix, out, k, column, one)
 
 
 @compiled()

@@ -8,6 +8,7 @@ passes of a scaled forward-backward step, ``climb`` and ``highest_sum`` of Viter
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -138,6 +139,27 @@ class Emit:
         )
         return self.builder.call(function, [self.builder.load(variable)], fastmath=("nnan",))
 
+    def whole(self, values: Iterable[int]) -> Any:
+        """A constant vector of 32-bit integers, one for each lane."""
+        word = ir.IntType(32)
+        return ir.Constant(ir.VectorType(word, self.lanes), [word(value) for value in values])
+
+    def whole_variable(self, value: int) -> Any:
+        variable = cgutils.alloca_once(self.builder, ir.VectorType(ir.IntType(32), self.lanes))
+        self.builder.store(self.whole([value] * self.lanes), variable)
+        return variable
+
+    def whole_spread(self, value: Any) -> Any:
+        word = ir.IntType(32)
+        undefined = ir.Constant(ir.VectorType(word, self.lanes), ir.Undefined)
+        one = self.builder.insert_element(undefined, self.builder.trunc(value, word), word(0))
+        return self.builder.shuffle_vector(one, undefined, ir.Constant(undefined.type, None))
+
+    def least_whole(self, value: Any) -> Any:
+        name, word = f"llvm.vector.reduce.smin.v{self.lanes}i32", ir.IntType(32)
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(word, [value.type]), name)
+        return self.builder.call(function, [value])
+
     def vectors(self, width: Any) -> Any:
         return cgutils.for_range_slice(
             self.builder, self.integer(0), width, self.integer(self.lanes), intp=self.integer
@@ -235,6 +257,30 @@ def _highest_sum(lanes: int) -> Any:
         return x.dtype(x, y, width), generate
 
     return highest_sum
+
+
+def _place_of_highest_sum(lanes: int) -> Any:
+    """(x, y, width): where x + y is greatest, the first such place."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def place_of_highest_sum(typingctx: Any, x: Any, y: Any, width: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            emit = Emit(context, builder, sig.args[0].dtype, lanes)
+            x_data, y_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 1))
+            high, place = emit.variable(-math.inf), emit.whole_variable(0)
+            with emit.vectors(arguments[2]) as (v, _):
+                value, before = emit.plus(emit.load(x_data, v), emit.load(y_data, v)), builder.load(high)
+                above = builder.fcmp_ordered(">", value, before)
+                builder.store(builder.select(above, value, before), high)
+                builder.store(builder.select(above, emit.whole_spread(v), builder.load(place)), place)
+            best = builder.fcmp_ordered("==", builder.load(high), emit.spread(emit.highest(high)))
+            places = builder.add(builder.load(place), emit.whole(range(lanes)))
+            places = builder.select(best, places, emit.whole([2**31 - 1] * lanes))
+            return builder.sext(emit.least_whole(places), emit.integer)
+
+        return types.intp(x, y, width), generate
+
+    return place_of_highest_sum
 
 
 def _behind(lanes: int) -> Any:
@@ -337,6 +383,7 @@ _ahead4, _ahead8, _ahead16 = _ahead(4), _ahead(8), _ahead(16)
 _climb4, _climb8, _climb16 = _climb(4), _climb(8), _climb(16)
 _reach16 = _reach(16)
 _highest4, _highest8, _highest16 = _highest_sum(4), _highest_sum(8), _highest_sum(16)
+_place4, _place8, _place16 = _place_of_highest_sum(4), _place_of_highest_sum(8), _place_of_highest_sum(16)
 _behind4, _behind8, _behind16 = _behind(4), _behind(8), _behind(16)
 _product4, _product8, _product16 = _product(4), _product(8), _product(16)
 _scaled4, _scaled8, _scaled16 = _scaled(4), _scaled(8), _scaled(16)
@@ -379,6 +426,16 @@ def highest_sum(x, y, width):  # type: ignore[no-untyped-def]
     if width % 8 == 0:
         return _highest8(x, y, width)
     return _highest4(x, y, width)
+
+
+@compiled()
+def place_of_highest_sum(x, y, width):  # type: ignore[no-untyped-def]
+    """The first place where x + y is greatest. No NaN, no +inf."""
+    if width % 16 == 0:
+        return _place16(x, y, width)
+    if width % 8 == 0:
+        return _place8(x, y, width)
+    return _place4(x, y, width)
 
 
 @compiled()
