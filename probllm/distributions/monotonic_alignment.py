@@ -118,31 +118,26 @@ class MonotonicAlignment(InsideDistribution):
             raise TypeError(f"targets: expected integers, got {targets.dtype}")
         if targets.dim() < 1:
             raise ValueError("targets: expected shape [..., U], got a scalar")
-        device, count = log_probs.device, targets.shape[-1]
-        lengths = torch.tensor(frames) if lengths is None else lengths
-        target_lengths = torch.tensor(count) if target_lengths is None else target_lengths
-        check_lengths(lengths, frames)
-        _check_target_lengths(target_lengths, count)
-        shapes = (log_probs.shape[:-2], targets.shape[:-1], lengths.shape, target_lengths.shape)
+        given = (log_probs, targets, *(x for x in (lengths, target_lengths) if x is not None))
+        for name, x in (("lengths", lengths), ("target_lengths", target_lengths)):
+            if x is not None and (not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool):
+                raise TypeError(f"{name}: expected a tensor of integers, got {getattr(x, 'dtype', type(x))}")
+        shapes = [log_probs.shape[:-2], targets.shape[:-1], *(x.shape for x in given[2:])]
         try:
-            batch = shapes[0] if len(set(shapes)) == 1 else broadcast_shapes(*shapes)
+            batch = shapes[0] if all(shape == shapes[0] for shape in shapes) else broadcast_shapes(*shapes)
         except RuntimeError:
-            names = ("log_probs", "targets", "lengths", "target_lengths")
             raise ValueError(
-                f"batch shapes do not broadcast: {dict(zip(names, map(list, shapes), strict=True))}"
+                "log_probs, targets, lengths and target_lengths: batch shapes do not broadcast: "
+                f"{[list(shape) for shape in shapes]}"
             ) from None
-        targets, lengths, target_lengths = (x.to(device, torch.long) for x in (targets, lengths, target_lengths))
-        lengths, target_lengths = lengths.expand(batch), target_lengths.expand(batch)
-        packed = ctc.pack(targets.expand(*batch, count), lengths, target_lengths, blank)
-        labels = packed[..., 3:]
-        if not is_wrapped(packed) and labels.numel():
-            low, high = (int(x) for x in labels.aminmax())
-            blanks = torch.arange(count, device=device) >= target_lengths.unsqueeze(-1)
-            if low < 0 or high >= size or bool(((labels == blank) != blanks).any()):
-                raise ValueError(f"targets: expected labels from 0 to {size - 1} other than the blank, {blank}")
+        packed = None
+        if all(x.device.type == "cpu" and not is_wrapped(x) for x in given):
+            packed = ctc.pack_checked(targets, lengths, target_lengths, blank, (frames, size), batch)
+        if packed is None:  # elsewhere, or something is out of range
+            packed = _packed(targets, lengths, target_lengths, blank, log_probs, batch)
         law = cls.__new__(cls)
         law._labelled = (log_probs, packed)
-        law._own_shape, law.lengths, law._kept = batch, lengths, {}
+        law._own_shape, law.lengths, law._kept = batch, packed[..., 0], {}
         super(InsideDistribution, law).__init__(batch, torch.Size([frames]), validate_args=False)
         return law
 
@@ -173,7 +168,7 @@ class MonotonicAlignment(InsideDistribution):
         if self._labelled is None or 0 in self._own_shape:
             return super()._log_z()
         log_probs, packed = self._labelled
-        if not is_wrapped(log_probs) and not bool(log_probs.detach().amax() < math.inf):
+        if log_probs.device.type != "cpu" and not bool(log_probs.detach().amax() < math.inf):
             raise ValueError("log_probs: scores must not be NaN or +inf (-inf forbids)")
         event = log_probs.shape[-2:]
         if math.prod(log_probs.shape[:-2]) == 1:
@@ -230,16 +225,33 @@ class MonotonicAlignment(InsideDistribution):
         return alignment.sample(scores, self._flat_lengths(), n).reshape(n, *self._own_shape, *self.event_shape)
 
 
-def _check_target_lengths(lengths: Tensor, greatest: int) -> None:
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise TypeError(
-            f"target_lengths: expected a tensor of integers, got {getattr(lengths, 'dtype', type(lengths))}"
-        )
-    if is_wrapped(lengths) or not lengths.numel():
-        return
-    low, high = (int(x) for x in lengths.aminmax())
-    if low < 0 or high > greatest:
-        raise ValueError(f"target_lengths: expected values from 0 to {greatest}, got values from {low} to {high}")
+def _packed(
+    targets: Tensor,
+    lengths: Tensor | None,
+    target_lengths: Tensor | None,
+    blank: int,
+    log_probs: Tensor,
+    batch: torch.Size,
+) -> Tensor:
+    """``ctc.pack`` over the batch, on any device and under transforms, with checks that say what is out of range."""
+    (frames, size), count, device = log_probs.shape[-2:], targets.shape[-1], log_probs.device
+    lengths = torch.tensor(frames) if lengths is None else lengths
+    target_lengths = torch.tensor(count) if target_lengths is None else target_lengths
+    check_lengths(lengths, frames)
+    if not is_wrapped(target_lengths) and target_lengths.numel():
+        low, high = (int(x) for x in target_lengths.aminmax())
+        if low < 0 or high > count:
+            raise ValueError(f"target_lengths: expected values from 0 to {count}, got values from {low} to {high}")
+    targets, lengths, target_lengths = (x.to(device, torch.long) for x in (targets, lengths, target_lengths))
+    target_lengths = target_lengths.expand(batch)
+    packed = ctc.pack(targets.expand(*batch, count), lengths.expand(batch), target_lengths, blank)
+    labels = packed[..., 3:]
+    if not is_wrapped(packed) and labels.numel():
+        low, high = (int(x) for x in labels.aminmax())
+        blanks = torch.arange(count, device=device) >= target_lengths.unsqueeze(-1)
+        if low < 0 or high >= size or bool(((labels == blank) != blanks).any()):
+            raise ValueError(f"targets: expected labels from 0 to {size - 1} other than the blank, {blank}")
+    return packed
 
 
 MOST_STEPS = 64  # how far a step may skip, less one

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math import room
 from probllm.math.kernels import alignment as kernels
 from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
@@ -40,16 +41,15 @@ def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Te
     return semiring.sum(semiring.times(alpha, end), -1)
 
 
-def sums(arrays: Arrays, lengths: Any, keep: bool) -> tuple[Any, Any, Any]:
-    """log Z ``[B]``, and where ``keep`` the expected states ``[B, T, S]`` and steps ``[B, D, S]`` of each row."""
+def sums(arrays: Arrays, lengths: Any, keep: bool, steps: bool = True) -> tuple[Any, Any, Any]:
+    """log Z ``[B]``, and where ``keep`` the expected states ``[B, T, S]`` and, where ``steps`` too, the expected steps
+    ``[B, D, S]`` of each row."""
     (rows, longest, states), moves = arrays[0].shape, arrays[1].shape[1]
-    marginals = np.zeros((rows, longest, states) if keep else (0, 0, 0))
-    arrivals = np.zeros((rows, moves, states) if keep else (0, 0, 0))
-    log_z, flags = np.empty(rows), np.empty(rows, np.int8)
-    arguments = (*arrays, lengths, keep, marginals, arrivals, log_z, flags)
-    run_shares(kernels.scaled, arguments, rows, 8.0 * rows * longest * states)
-    if flags.any():
-        run_shares(kernels.logs, arguments, rows, 40.0 * int(flags.sum()) * longest * states)
+    marginals = room.zeros((rows, longest, states)) if keep else np.zeros((0, 0, 0))
+    arrivals = np.zeros((rows, moves, states) if keep and steps else (0, 0, 0))
+    log_z = np.empty(rows)
+    arguments = (*arrays, lengths, keep, marginals, arrivals, log_z)
+    run_shares(kernels.sums, arguments, rows, 8.0 * rows * longest * states)
     return log_z, marginals, arrivals
 
 

@@ -30,6 +30,26 @@ def pack(targets: Tensor, lengths: Tensor, target_lengths: Tensor, blank: int) -
     return torch.cat([head, torch.where(real, targets, blank)], -1)
 
 
+def pack_checked(
+    targets: Tensor, lengths: Tensor | None, counts: Tensor | None, blank: int, sizes: tuple[int, int], batch: Any
+) -> Tensor | None:
+    """``pack`` of tensors on the CPU over ``batch``, of sizes (T, V); None where a number is out of range."""
+    frames, size = sizes
+    most, rows = targets.shape[-1], math.prod(batch)
+    labels = _rows(targets.numpy(), (*batch, most)).reshape(rows, most)
+    n = np.full(rows, frames) if lengths is None else _rows(lengths.numpy(), batch).reshape(rows)
+    count = np.full(rows, most) if counts is None else _rows(counts.numpy(), batch).reshape(rows)
+    packed = np.empty((rows, 3 + most), np.int64)
+    if not kernels.pack(labels, n, count, blank, size, frames, packed):
+        return None
+    return torch.from_numpy(packed.reshape(*batch, 3 + most))
+
+
+def _rows(x: Any, shape: tuple[int, ...]) -> Any:
+    x = x if x.dtype == np.int64 else x.astype(np.int64)
+    return np.ascontiguousarray(x if x.shape == shape else np.broadcast_to(x, shape))
+
+
 def states_of(packed: Tensor) -> Tensor:
     """The label or blank of each state, ``[*batch, S]`` with S = 2U + 1."""
     blank, labels = packed[..., 2:3], packed[..., 3:]
@@ -73,10 +93,14 @@ def forward(scores: tuple[Tensor, ...], packed: Tensor, keep: bool) -> tuple[Ten
     states, frames = 2 * (width - 3) + 1, log_probs.shape[1]
     labels, emissions = np.empty((rows, states), np.int64), np.empty((rows, frames, states))
     steps, start, end = np.zeros((rows, 3, states)), np.zeros((1, states)), np.zeros((rows, states))
-    what = packed.contiguous().numpy()
-    arguments = (log_probs.contiguous().numpy(), what, labels, emissions, steps, start, end)
+    what, bad = packed.contiguous().numpy(), np.zeros(log_probs.shape[0], bool)
+    arguments = (log_probs.contiguous().numpy(), what, labels, emissions, steps, start, end, bad)
     run_shares(kernels.lattice, arguments, rows, 2.0 * emissions.size)
-    log_z, marginals, _ = alignment.sums((emissions, steps, start, end), np.ascontiguousarray(what[:, 0]), keep)
+    if bad.any():
+        raise ValueError("log_probs: scores must not be NaN or +inf (-inf forbids)")
+    log_z, marginals, _ = alignment.sums(
+        (emissions, steps, start, end), np.ascontiguousarray(what[:, 0]), keep, steps=False
+    )
     return torch.from_numpy(log_z), (marginals, log_z, what, labels, log_probs) if keep else None
 
 

@@ -1,10 +1,9 @@
-"""Kernels of monotone alignments are their torch twin, for every score, and certify what they do in probabilities."""
+"""Kernels of monotone alignments are their torch twin, for every score."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from probllm.math import alignment, ctc
-from probllm.math.kernels import alignment as kernels
 from probllm.math.recursion import Recursion, expected_parts, log_partition
 
 Scores = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -56,38 +54,34 @@ def test_value_and_gradient_are_the_twins(case: tuple[Scores, Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 + 1e-13 * size)
 
 
-@given(lattices())
-def test_what_is_certified_in_probabilities_is_what_logs_say(case: tuple[Scores, Tensor]) -> None:
-    scores, lengths = case
-    arrays = alignment._arrays(scores, lengths)
-    (rows, frames, states), moves = arrays[0].shape, arrays[1].shape[1]
+@pytest.mark.parametrize("moves", [2, 3, 4])
+def test_what_the_best_beginning_leads_to_may_be_as_improbable_as_it_likes(moves: int) -> None:
+    # the best states of the first half are of no use to the second
+    torn = torch.zeros(2, 200, 61, dtype=torch.float64)
+    torn[0, :100, 40:], torn[0, 100:, :40] = 40.0, 40.0
+    torn[1] = 1e6 * torch.randn(200, 61, generator=torch.Generator().manual_seed(0))
+    scores = (torn, torch.zeros(1, moves, 61), torch.zeros(1, 61), torch.zeros(1, 61))
+    both = []
+    for recursion in (alignment.RECURSION, Recursion(alignment.inside)):
+        leaf = torn.clone().requires_grad_()
+        log_z = log_partition(recursion, (leaf, *scores[1:]), torch.full((2,), 200))
+        both.append((log_z, torch.autograd.grad(log_z.sum(), leaf)[0]))
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(both[0][1], both[1][1], rtol=1e-6, atol=1e-9)
 
-    def run(kernel: Any, flags: Any) -> list[Any]:
-        found = [np.zeros((rows, frames, states)), np.zeros((rows, moves, states)), np.empty(rows)]
-        kernel(*arrays, lengths.numpy(), True, *found, flags, 0, 1)
-        return found
 
-    flags = np.zeros(rows, np.int8)
-    fast, slow = run(kernels.scaled, flags), run(kernels.logs, np.ones(rows, np.int8))
-    for x, y in zip(fast, slow, strict=True):
-        np.testing.assert_allclose(x[flags == 0], y[flags == 0], rtol=1e-8, atol=1e-9)
-
-
-def test_ordinary_scores_are_certified_and_hopeless_ones_are_not() -> None:
-    def flagged(emissions: Tensor) -> bool:
-        scores = (emissions, torch.zeros(1, 3, 61), torch.zeros(1, 61), torch.zeros(1, 61))
-        arrays = alignment._arrays(scores, torch.tensor([len(emissions[0])]))
-        flags = np.zeros(1, np.int8)
-        empty = np.zeros((0, 0, 0))
-        n = np.array([emissions.shape[1]])
-        kernels.scaled(*arrays, n, False, empty, empty, np.empty(1), flags, 0, 1)
-        return bool(flags[0])
-
-    assert not flagged(torch.randn(1, 200, 61))
-    # the best end is of no use to the best beginning
-    torn = torch.zeros(1, 200, 61)
-    torn[:, :100, 40:], torn[:, 100:, :40] = 40.0, 40.0
-    assert flagged(torn)
+def test_long_paths_keep_their_digits_and_masks_of_the_least_float_stand_for_what_they_are() -> None:
+    steps, states = 20_000, 5
+    scores = (torch.zeros(1, steps, states), torch.zeros(1, 2, states), torch.zeros(1, states), torch.zeros(1, states))
+    # state s is reached by C(steps - 1, d) paths that advance d times in all
+    counts = [math.comb(steps - 1, d) * (states - d) for d in range(states)]
+    found = log_partition(alignment.RECURSION, scores, torch.tensor([steps]))
+    assert float(found) == pytest.approx(math.log(sum(counts)), rel=1e-12)
+    least = float(torch.finfo(torch.float32).min)
+    masked = scores[0][:, :6].clone()
+    masked[:, 2], masked[:, 4, 0] = least, least
+    found = log_partition(alignment.RECURSION, (masked, *scores[1:]), torch.tensor([6]))
+    assert float(found) == pytest.approx(least, rel=1e-12)
 
 
 def test_second_derivatives_and_torch_func() -> None:

@@ -10,12 +10,31 @@ import math
 import numpy as np
 
 from probllm.math.kernels.compiled import compiled
+from probllm.math.kernels.exponentials import lowest_allowed
 from probllm.math.kernels.selection import kth_greatest
+from probllm.math.kernels.vectors import reach
 
 
 @compiled()
-def lattice(log_probs, packed, labels, emissions, steps, start, end, first, step):  # type: ignore[no-untyped-def]
-    """One share of the rows.
+def pack(targets, lengths, counts, blank, size, frames, packed):  # type: ignore[no-untyped-def]
+    """packed [B, 3 + U] of targets [B, U]: see ``math.ctc.pack``. Returns whether all is in range."""
+    rows, most = targets.shape
+    for b in range(rows):
+        n, count = lengths[b], counts[b]
+        if n < 1 or n > frames or count < 0 or count > most:
+            return False
+        packed[b, 0], packed[b, 1], packed[b, 2] = n, count, blank
+        for u in range(most):
+            label = targets[b, u] if u < count else blank
+            if u < count and (label < 0 or label >= size or label == blank):
+                return False
+            packed[b, 3 + u] = label
+    return True
+
+
+@compiled()
+def lattice(log_probs, packed, labels, emissions, steps, start, end, bad, first, step):  # type: ignore[no-untyped-def]
+    """One share of the rows; ``bad`` [1 or B]: whether a log probability is NaN or +inf.
 
     log_probs [1 or B, T, V], packed [B, 3 + U] (frames, labels, blank, and the labels); labels [B, S], emissions
     [B, T, S], steps [B, 3, S] and end [B, S], 0 on entry; start [1, S] of the first row alone.
@@ -24,6 +43,10 @@ def lattice(log_probs, packed, labels, emissions, steps, start, end, first, step
     for b in range(first, rows, step):
         frames, count, blank = packed[b, 0], packed[b, 1], packed[b, 2]
         source = log_probs[b if log_probs.shape[0] > 1 else 0]
+        if b < log_probs.shape[0]:
+            flat = source.reshape(source.size)
+            high = reach(flat, flat.size)  # NaN if there is one, +inf for either infinity
+            bad[b] = not high < math.inf and lowest_allowed(flat, 0, flat.size)[2]
         for s in range(states):
             labels[b, s] = packed[b, 3 + s // 2] if s % 2 == 1 and s < 2 * count else blank
         for s in range(states):

@@ -21,12 +21,12 @@ _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13 = (1 / math.factorial(n) for n in range(2, 14))
 
 
-_ROUNDS = 1.5 * 2.0**52  # added to a number below 2^51, it leaves the nearest integer in the lowest bits
+ROUNDS = 1.5 * 2.0**52  # added to a number below 2^51, it leaves the nearest integer in the lowest bits
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _two_to_the_rounded(typingctx: Any, t: Any) -> Any:
-    """2^n for t = n + ``_ROUNDS``, n an integer from -1022 to 1023: its bits become the exponent's."""
+def two_to_the_rounded(typingctx: Any, t: Any) -> Any:
+    """2^n for t = n + ``ROUNDS``, n an integer from -1022 to 1023: its bits become the exponent's."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         whole = ir.IntType(64)
@@ -36,13 +36,10 @@ def _two_to_the_rounded(typingctx: Any, t: Any) -> Any:
     return types.float64(types.float64), generate
 
 
-@compiled(fastmath={"contract"})
-def exponential(x):  # type: ignore[no-untyped-def]
-    """exp(x) for x from -inf to 700, to the last digit or two; 0 below ``LEAST``. No NaN."""
-    low = x < LEAST
-    x = 0.0 if low else x
-    t = x * _PER_LN2 + _ROUNDS
-    n = t - _ROUNDS
+@compiled(inline="always", fastmath={"contract"})
+def near_exponential(x):  # type: ignore[no-untyped-def]
+    """(p, n) with exp(x) = p 2^n, n whole and p between 0.7 and 1.5; x below 1e15 in size."""
+    n = (x * _PER_LN2 + ROUNDS) - ROUNDS
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     p = _C12 + r * _C13
     p = _C11 + r * p
@@ -55,8 +52,15 @@ def exponential(x):  # type: ignore[no-untyped-def]
     p = _C4 + r * p
     p = _C3 + r * p
     p = _C2 + r * p
-    p = 1.0 + r * (1.0 + r * p)
-    return 0.0 if low else p * _two_to_the_rounded(t)
+    return 1.0 + r * (1.0 + r * p), n
+
+
+@compiled(fastmath={"contract"})
+def exponential(x):  # type: ignore[no-untyped-def]
+    """exp(x) for x from -inf to 700, to the last digit or two; 0 below ``LEAST``. No NaN."""
+    low = x < LEAST
+    p, n = near_exponential(0.0 if low else x)
+    return 0.0 if low else p * two_to_the_rounded(n + ROUNDS)
 
 
 @compiled(fastmath={"contract"})
