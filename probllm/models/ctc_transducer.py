@@ -12,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from probllm.decoding.ctc import ctc_beam
 from probllm.distributions.ctc_labels import CTCLabels
 from probllm.math.masks import lengths_from_mask
 from probllm.models.model import Batch, Model
@@ -54,10 +55,15 @@ class CTCTransducer(Model):
         """Log probability of the targets ``[B]``, in nats, over all alignments."""
         return self.law(batch).log_prob(batch["target"])
 
-    def predict(self, batch: Batch) -> Tensor:
-        """The labels of the best path, ``[B, frames L]``; 0 behind them."""
+    def predict(self, batch: Batch, beam: int = 1) -> Tensor:
+        """Labels ``[B, frames L]``, 0 behind them: of the best path, or for a wider beam the most probable that a
+        prefix beam search finds, which sums the paths of equal labels."""
         with torch.no_grad():
-            return self.law(batch).best_path()
+            law = self.law(batch)
+            if beam == 1:
+                return law.best_path()
+            labels = ctc_beam(law.log_probs, law.lengths, beam)[1][0]
+            return labels.to(law.log_probs.device)
 
     def sample(self, n: int, batch: Batch | None = None) -> Tensor:
         """``[n, B, frames L]`` draws of the targets."""

@@ -10,16 +10,22 @@ et al. (2016), "Phonetisaurus".
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Self
 
 import numpy as np
+import torch
 
 from probllm.math.chunk_pairs import CHUNKS, align_chunks
 from probllm.math.kernels import ngrams as kernels
 from probllm.math.kernels.threads import run_shares
-from probllm.math.ngrams import kneser_ney
+from probllm.math.ngrams import NGrams, kneser_ney
+from probllm.models.weights import read_tensors, write_atomically, write_weights
 
+_ARRAYS = ("children", "tokens", "logs", "backoffs", "suffixes")  # of the n-grams
 PRINT = 0x9E3779B97F4A7C15  # the base of targets' fingerprints
 
 
@@ -55,8 +61,11 @@ class JointNGram:
         )
         self.pairs, self.log_likelihoods = found.pairs, found.log_likelihoods
         self.ngrams = kneser_ney([cut.tolist() for cut in found.cuts if len(cut)], len(self.pairs), order)
-        # the pairs of each chunk of source symbols, by its code
-        self._base, self._longest = len(self.letters) + 1, max(a for a, _ in chunks)
+        self._index()
+
+    def _index(self) -> None:
+        """The pairs of each chunk of source symbols, by its code, and what the search needs of their targets."""
+        self._base, self._longest = len(self.letters) + 1, max((len(u) for u, _ in self.pairs), default=1)
         codes = np.array([self._code(u) for u, _ in self.pairs])
         self._candidates = np.argsort(codes, kind="stable")
         multipliers = [PRINT ** len(v) for _, v in self.pairs]
@@ -64,6 +73,60 @@ class JointNGram:
         wrapped = [[x % 2**64 for x in both] for both in zip(multipliers, appended, strict=True)]
         self._prints = np.array(wrapped, dtype=np.uint64).view(np.int64)  # of targets, as powers modulo 2^64
         self._starts = np.searchsorted(codes[self._candidates], np.arange(self._base**self._longest + 1))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model into a folder: ``config.json`` and the n-grams that it names, as safetensors.
+
+        Raises:
+            TypeError: for symbols that are not strings or whole numbers.
+        """
+        for symbol in (*self.letters, *self.sounds):
+            if type(symbol) not in (str, int):
+                raise TypeError(f"symbols: expected strings or whole numbers in a saved model, got {symbol!r}")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = dict(zip(_ARRAYS, self.ngrams.arrays(), strict=True))
+        weights = write_weights({name: torch.from_numpy(x) for name, x in arrays.items()}, folder, "ngrams")
+        config = {
+            "model": type(self).__name__,
+            "letters": list(self.letters),
+            "sounds": self.sounds,
+            "pairs": self.pairs,
+            "order": self.ngrams.order,
+            "log_likelihoods": list(map(float, self.log_likelihoods)),
+            "ngrams": weights.name,
+        }
+        write_atomically(folder / "config.json", json.dumps(config).encode())
+        for old in folder.glob("ngrams-*.safetensors"):
+            if old != weights:
+                old.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what ``save`` wrote: an equal model. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: if there is no model.
+            ValueError: if what is there is malformed, or another model.
+        """
+        path = Path(folder) / "config.json"
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or config.get("model") != cls.__name__:
+            raise ValueError(f"{path}: expected a saved {cls.__name__}")
+        model = cls.__new__(cls)
+        try:
+            model.letters = {x: i for i, x in enumerate(config["letters"])}
+            model.sounds, model.log_likelihoods = config["sounds"], config["log_likelihoods"]
+            model.pairs = [(tuple(u), tuple(v)) for u, v in config["pairs"]]
+            file, order = Path(folder) / Path(config["ngrams"]).name, int(config["order"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: malformed ({error!r})") from None
+        found = read_tensors(file)
+        if sorted(found) != sorted(_ARRAYS):
+            raise ValueError(f"{file}: expected the arrays {sorted(_ARRAYS)}, got {sorted(found)}")
+        model.ngrams = NGrams(len(model.pairs), order, *(found[name].numpy() for name in _ARRAYS))
+        model._index()
+        return model
 
     def _code(self, chunk: Sequence[int]) -> int:
         code = 0

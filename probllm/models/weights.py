@@ -58,13 +58,23 @@ def read_weights(module: nn.Module, path: Path) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is malformed, or its names and shapes are not those of the module.
     """
+    copy_weights(module, read_tensors(path), str(path))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors in a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is malformed.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {str(path)!r}")
     try:
-        saved = safetensors.torch.load_file(path)
+        saved: dict[str, Tensor] = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    copy_weights(module, saved, str(path))
+    return saved
 
 
 def copy_weights(module: nn.Module, saved: Mapping[str, Tensor], origin: str) -> None:

@@ -55,6 +55,19 @@ def test_it_learns_a_mapping_of_which_some_symbols_write_two_and_some_none() -> 
     assert right > 290
 
 
+def test_a_beam_finds_labels_at_least_as_probable_as_those_of_the_best_path() -> None:
+    pyro.set_rng_seed(0)
+    model = CTCTransducer(RecurrentEncoder(5, 8), 3, frames=3).eval()
+    better = 0
+    for _ in range(5):
+        batch = {**BATCH, "inputs": torch.randint(1, 5, BATCH["inputs"].shape)}
+        law = model.law(batch)
+        path, wide = (law.log_prob(model.predict(batch, beam=beam)) for beam in (1, 500))
+        assert bool((wide > path - 1e-5).all())
+        better += int((wide > path + 1e-3).sum())
+    assert better > 0
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"num_labels": 0}, "num_labels: expected at least 1"),
     ({"num_labels": 2, "frames": 0}, "frames: expected at least 1"),

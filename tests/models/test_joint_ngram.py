@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,3 +93,35 @@ def test_words_without_a_cut_are_left_out_and_nothing_to_learn_from_is_refused()
     assert model.predict(["cat"]) == JointNGram(PAIRS, order=2).predict(["cat"])
     with pytest.raises(ValueError, match="strings: expected at least one"):
         JointNGram([("a", tuple("TTTTTTT"))])
+
+
+def test_a_saved_model_is_the_model(tmp_path: Path) -> None:
+    pairs = [(word, tuple(map(ord, word))) for word in WORDS] + PAIRS  # symbols of two kinds
+    model = JointNGram(pairs, order=4)
+    model.save(tmp_path)
+    model.save(tmp_path)
+    assert sorted(x.suffix for x in tmp_path.iterdir()) == [".json", ".safetensors"]
+    again = JointNGram.load(tmp_path)
+    assert again.best(WORDS, count=3) == model.best(WORDS, count=3)
+    assert again.ngrams.order == 4
+    assert again.log_likelihoods == pytest.approx(model.log_likelihoods)
+
+
+def test_what_is_no_saved_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="symbols: expected strings or whole numbers"):
+        JointNGram([([("a",)], ["A"])]).save(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        JointNGram.load(tmp_path)
+    JointNGram(PAIRS, order=2).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        JointNGram.load(tmp_path)
+    for broken, message in (
+        ({**config, "model": "Other"}, "expected a saved JointNGram"),
+        ({"model": "JointNGram"}, "malformed"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=message):
+            JointNGram.load(tmp_path)
