@@ -13,7 +13,6 @@ from probllm.distributions.monotonic_alignment import MonotonicAlignment
 from probllm.distributions.pair_alignment import PairAlignment
 from probllm.distributions.probabilistic_cfg import ProbabilisticCFG
 from probllm.distributions.projective_dependency_tree import ProjectiveDependencyTree
-from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.distributions.semi_markov_crf import SemiMarkovCRF
 from probllm.distributions.span_tree import SpanTree
 from probllm.distributions.spanning_tree import SpanningTree
@@ -33,7 +32,6 @@ __all__ = [
     "PairAlignment",
     "ProbabilisticCFG",
     "ProjectiveDependencyTree",
-    "SecondOrderCRF",
     "SemiMarkovCRF",
     "SpanTree",
     "SpanningTree",

@@ -60,7 +60,6 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "HigherOrderCRF": _OVER_STRUCTURES,
     "MonotonicAlignment": _OVER_STRUCTURES,
     "PairAlignment": _OVER_STRUCTURES,
-    "SecondOrderCRF": _OVER_STRUCTURES,
     "SemiMarkovCRF": _OVER_STRUCTURES,
     "SpanTree": _OVER_STRUCTURES,
     "GrammarTree": _OVER_STRUCTURES,

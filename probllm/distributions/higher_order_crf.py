@@ -2,8 +2,10 @@
 
     p(z) = exp(sum_{t<=n} start_t[z_1, ..., z_t] + sum_{t>n} transitions[z_{t-n}, ..., z_t] + sum_t e_t[z_t]) / Z
 
-Order 1 is ``LinearChainCRF``, which is far faster and has transitions by step. With rows of log probabilities and no
-emissions it is a Markov chain of order n (Z = 1). See ``probllm.math.higher_order``.
+Order 1 is ``LinearChainCRF``, which is far faster and has transitions by step; order 2 is compiled
+(``probllm.math.second_order``), the others run in torch (``probllm.math.higher_order``). With rows of log
+probabilities and no emissions it is a Markov chain of order n (Z = 1); with a hidden Markov model's emission scores,
+the posterior of its states, and Z the probability of what was seen.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from probllm.distributions.inside import InsideDistribution
-from probllm.math.higher_order import RECURSION
+from probllm.math import higher_order, second_order
 from probllm.math.masks import mask_from_lengths
 
 
@@ -35,7 +37,7 @@ class HigherOrderCRF(InsideDistribution):
     """
 
     _one_tag_a_step = True
-    _recursion = RECURSION
+    _recursion = higher_order.RECURSION
 
     def __init__(
         self,
@@ -60,11 +62,33 @@ class HigherOrderCRF(InsideDistribution):
                 raise ValueError(
                     f"{name}: expected shape [..., {', '.join([str(k)] * dims[name])}], got {list(x.shape)}"
                 )
+        if self.order == 2:
+            self._recursion = second_order.RECURSION
         self._set_up(parts, lengths, steps, (steps,))
+        self._validate_args = validate_args is not False
 
     def _with(self, **parts: Tensor) -> Self:
         emissions, transitions, *starts = {**self.parts, **parts}.values()
         return type(self)(emissions, transitions, starts, self.lengths)
+
+    def _plain(self) -> tuple[Tensor, ...] | None:
+        """Scores for the functions of ``second_order``; None for another order or an empty batch."""
+        if self.order != 2 or 0 in self._own_shape:
+            return None
+        return tuple(self._flat(name, name != "emissions") for name in self._dims)
+
+    def _best(self) -> Tensor:
+        scores = self._plain()
+        if scores is None or not second_order.is_compilable(*scores):
+            return super()._best()
+        return second_order.best(scores, self._flat_lengths()).reshape(*self._own_shape, *self.event_shape)
+
+    def _draw(self, n: int) -> Tensor:
+        scores = self._plain()
+        if scores is None:
+            return super()._draw(n)
+        drawn = second_order.draw(scores, self._flat_lengths(), n)
+        return drawn.reshape(n, *self._own_shape, *self.event_shape)
 
     def _structure(self, used: dict[str, Tensor]) -> Tensor:
         return self._real(used["emissions"].argmax(-1))

@@ -125,8 +125,11 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
     @property
     def marginals(self) -> Tensor:
         """Probability of each main part: the gradient of ``log_partition`` in the main scores."""
-        name = next(iter(self.parts))
-        return self._grow(self._expected_parts()[name])
+        return self._grow(self._keep("marginals", self._main_expected))
+
+    def _main_expected(self) -> Tensor:
+        """The expected main parts, for a law to find without the others where that costs less."""
+        return self._expected_parts()[next(iter(self.parts))]
 
     @property
     def mode(self) -> Tensor:

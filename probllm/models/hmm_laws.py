@@ -15,8 +15,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Categorical, constraints
 
+from probllm.distributions.higher_order_crf import HigherOrderCRF
 from probllm.distributions.linear_chain_crf import LinearChainCRF
-from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.math.masks import mask_from_lengths
 
 
@@ -33,11 +33,11 @@ class Rows(NamedTuple):
     """``[..., K, S]``: the symbol of each tag."""
 
 
-def chain(rows: Rows, emissions: Tensor, lengths: Tensor) -> LinearChainCRF | SecondOrderCRF:
+def chain(rows: Rows, emissions: Tensor, lengths: Tensor) -> LinearChainCRF | HigherOrderCRF:
     """The law of the tags ``[*batch, T]`` under log probabilities ``rows`` and emission scores ``[*batch, T, K]``."""
     emissions = emissions.to(rows.initial.dtype)  # the emissions' is the precision of the law
     if rows.second is not None:
-        return SecondOrderCRF(emissions, rows.transition, rows.second, rows.initial, lengths)
+        return HigherOrderCRF(emissions, rows.transition, [rows.initial, rows.second], lengths)
     transition = rows.transition.unsqueeze(-3) if rows.transition.ndim > 2 else rows.transition
     return LinearChainCRF(emissions, transition, rows.initial, lengths=lengths)
 
@@ -107,7 +107,7 @@ class SymbolsOfChain(_Symbols):
         allowed = self.allowed.expand(*batch_shape, *self.allowed.shape[-2:])
         return type(self)(self.rows, allowed, self.lengths.expand(batch_shape))
 
-    def posterior(self, value: Tensor) -> LinearChainCRF | SecondOrderCRF:
+    def posterior(self, value: Tensor) -> LinearChainCRF | HigherOrderCRF:
         """The law of the tags given the symbols."""
         real = mask_from_lengths(self.lengths, value.shape[-1])
         scores = emission_scores(self.rows.emission, torch.where(real, value, 0))

@@ -19,8 +19,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from probllm.distributions.higher_order_crf import HigherOrderCRF
 from probllm.distributions.linear_chain_crf import LinearChainCRF
-from probllm.distributions.second_order_crf import SecondOrderCRF
 from probllm.math.masks import lengths_from_mask, mask_from_lengths
 from probllm.models.hmm_estimation import (
     allowed_scores,
@@ -166,7 +166,7 @@ class HMMTagger(Model):
         log_prob = self._log_prob(rows, batch)
         return divergence(posterior, self._prior()) / (self.data_size or len(log_prob)) - log_prob.mean()
 
-    def posterior(self, batch: Batch) -> LinearChainCRF | SecondOrderCRF:
+    def posterior(self, batch: Batch) -> LinearChainCRF | HigherOrderCRF:
         """The exact law of the tags given the symbols and the known tags."""
         symbols, tags, lengths = self._read(batch)
         if symbols is None:

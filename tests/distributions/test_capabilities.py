@@ -18,7 +18,6 @@ LAWS = {
     "HigherOrderCRF": distributions.HigherOrderCRF(E, torch.randn(4, 4, 4), [torch.zeros(4), A]),
     "MonotonicAlignment": distributions.MonotonicAlignment(E),
     "PairAlignment": distributions.PairAlignment(torch.randn(2, 3, 4, 3)),
-    "SecondOrderCRF": distributions.SecondOrderCRF(E, torch.randn(4, 4, 4), A, torch.zeros(4)),
     "SemiMarkovCRF": distributions.SemiMarkovCRF(torch.randn(2, 3, 2, 4), A),
     "SpanTree": distributions.SpanTree(torch.randn(2, 3, 3, 4)),
     "GrammarTree": distributions.GrammarTree(torch.randn(2, 3, 3, 4), torch.randn(3, 4, 4), torch.randn(3)),
