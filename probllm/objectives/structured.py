@@ -54,8 +54,27 @@ def sparsemap_loss(law: StructuredDistribution, value: Tensor) -> Tensor:
 
 
 def sparsemap_marginals(law: StructuredDistribution) -> Tensor:
-    """Main parts ``[*batch, *main]`` of the few structures that solve the SparseMAP problem; no gradient."""
-    return _sparse(law)[2]
+    """Main parts ``[*batch, *main]`` of the few structures that solve the SparseMAP problem, as a layer: differentiable.
+
+    With the structures that take part held fixed, which they are but where two solutions meet, their weights move by
+    the pseudo-inverse of their parts' inner products on the simplex as their scores do (Niculae 2018, section 3.3).
+    First derivatives only.
+    """
+    weights, structures, mean = _sparse(law)
+    if not (torch.is_grad_enabled() and law._requires_grad):
+        return mean
+    used = weights > 0
+    known = structures.clamp_min(0)
+    with torch.no_grad():
+        parts = law.parts_of(known).double()
+        flat = (parts.flatten(1 + len(law.batch_shape)) * used.unsqueeze(-1)).movedim(0, -2)  # [*batch, m, size]
+        on = used.movedim(0, -1).double()
+        among = torch.diag_embed(on) - on.unsqueeze(-1) * on.unsqueeze(-2) / on.sum(-1).clamp_min(1)[..., None, None]
+        slopes = torch.linalg.pinv(among @ (flat @ flat.transpose(-1, -2)) @ among, rcond=1e-10, hermitian=True)
+    scores = torch.where(used, law.score(known).double(), 0.0).movedim(0, -1)
+    change = (slopes @ (scores - scores.detach()).unsqueeze(-1)).squeeze(-1)  # 0, with a gradient
+    moved = (change.unsqueeze(-1) * flat).sum(-2).reshape(mean.shape)
+    return mean + moved.to(mean.dtype)
 
 
 def perturbed_loss(law: StructuredDistribution, value: Tensor, samples: int = 1, scale: float = 1.0) -> Tensor:

@@ -92,11 +92,28 @@ def test_sparsemap_loss_is_a_fenchel_young_loss(seed: int) -> None:
     assert bool((sparsemap_marginals(law).sum(-1) - 1 < 1e-9).all())
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_sparse_marginals_are_a_layer_with_the_derivative_of_the_solution(seed: int) -> None:
+    law = chain(seed, 0.5)
+
+    def solved(scores: Tensor, table: Tensor) -> Tensor:
+        return sparsemap_marginals(LinearChainCRF(scores, table))
+
+    scores, table = law.emissions, law.transitions
+    assert torch.autograd.gradcheck(solved, (scores, table), eps=1e-7, atol=1e-5)
+    slopes = torch.autograd.functional.jacobian(lambda x: solved(x, table), scores)[0, :, :, 0].reshape(2 * STEPS, -1)
+    torch.testing.assert_close(slopes, slopes.T)  # of a projection onto a convex set
+    assert bool((torch.linalg.eigvalsh(slopes) > -1e-9).all())
+    assert 0 < int(torch.linalg.matrix_rank(slopes)) < 2 * STEPS
+
+
 def test_sparsemap_is_sparse_and_handles_rows_in_which_nothing_is_allowed() -> None:
     scores = torch.tensor([[[4.0, 0], [0, 4]], [[-torch.inf, -torch.inf], [0, 0]]], dtype=torch.float64)
-    law = LinearChainCRF(scores, torch.zeros(2, 2, dtype=torch.float64))
+    law = LinearChainCRF(scores.requires_grad_(), torch.zeros(2, 2, dtype=torch.float64))
     torch.testing.assert_close(sparsemap_marginals(law)[0], torch.eye(2, dtype=torch.float64))
-    assert float(sparsemap_marginals(law)[1].abs().max()) == 0
+    assert float(sparsemap_marginals(law)[1].detach().abs().max()) == 0
+    (gradient,) = torch.autograd.grad(sparsemap_marginals(law).sum(), law.emissions)
+    assert float(gradient.abs().max()) == pytest.approx(0.0, abs=1e-9)  # one structure alone, or none, moves nowhere
     loss = sparsemap_loss(law, torch.tensor([[0, 1], [0, 0]]))
     assert loss.tolist() == [0, 0]
 
