@@ -54,7 +54,7 @@ def sparsemap_loss(law: StructuredDistribution, value: Tensor) -> Tensor:
 
 
 def sparsemap_marginals(law: StructuredDistribution) -> Tensor:
-    """Main parts ``[*batch, *main]`` of the few structures that solve the SparseMAP problem, as a layer: differentiable.
+    """Main parts ``[*batch, *main]`` of the few structures that solve the SparseMAP problem, as a layer.
 
     With the structures that take part held fixed, which they are but where two solutions meet, their weights move by
     the pseudo-inverse of their parts' inner products on the simplex as their scores do (Niculae 2018, section 3.3).
@@ -74,7 +74,8 @@ def sparsemap_marginals(law: StructuredDistribution) -> Tensor:
     scores = torch.where(used, law.score(known).double(), 0.0).movedim(0, -1)
     change = (slopes @ (scores - scores.detach()).unsqueeze(-1)).squeeze(-1)  # 0, with a gradient
     moved = (change.unsqueeze(-1) * flat).sum(-2).reshape(mean.shape)
-    return mean + moved.to(mean.dtype)
+    marginals: Tensor = mean + moved.to(mean.dtype)
+    return marginals
 
 
 def perturbed_loss(law: StructuredDistribution, value: Tensor, samples: int = 1, scale: float = 1.0) -> Tensor:
