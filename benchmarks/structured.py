@@ -151,6 +151,44 @@ def tree_rows() -> Iterator[Row]:
         yield Row(f"{name}: mode", f"B{b} N{n}", peers)
 
 
+def grammar_rows() -> Iterator[Row]:
+    import torch
+
+    from probllm.distributions import GrammarTree, PairAlignment
+
+    for b, t, n in [(16, 40, 10), (4, 20, 30)]:  # as many preterminals as nonterminals
+
+        def rules(b: int = b, t: int = t, n: int = n) -> Call:
+            def log_z(words: Any, table: Any, root: Any) -> Any:
+                scores = torch.diag_embed(words.transpose(-1, -2)).movedim(-3, -1)  # one preterminal a word
+                return GrammarTree(torch.cat([torch.zeros(b, t, t, n), scores], -1), table, root).log_partition
+
+            return gradients(log_z, leaf(b, t, n), leaf(n, 2 * n, 2 * n), leaf(n))
+
+        def struct_rules(b: int = b, t: int = t, n: int = n) -> Call:
+            from torch_struct import SentCFG
+
+            def log_z(words: Any, table: Any, root: Any) -> Any:
+                return SentCFG((words, table.expand(b, n, 2 * n, 2 * n), root.expand(b, n))).partition
+
+            return gradients(log_z, leaf(b, t, n), leaf(n, 2 * n, 2 * n), leaf(n))
+
+        size = f"B{b} T{t} N{n} P{n}"
+        yield Row("grammar (CKY): log Z + gradients", size, {"ours": rules, "torch-struct": struct_rules})
+
+    b, u, w = 16, 40, 40
+
+    def pairs() -> Call:
+        return gradients(lambda s: PairAlignment(s).log_partition, leaf(b, u + 1, w + 1, 3))
+
+    def struct_pairs() -> Call:
+        from torch_struct import AlignmentCRF
+
+        return gradients(lambda s: AlignmentCRF(s).partition, leaf(b, u, w, 3))
+
+    yield Row("pair alignment: log Z + gradients", f"B{b} {u} by {w}", {"ours": pairs, "torch-struct": struct_pairs})
+
+
 def hmm_rows() -> Iterator[Row]:
     import torch
 
@@ -368,7 +406,8 @@ def dynamax_ready() -> Any:
 
 
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {
-    "chain": chain_rows, "semimarkov": semimarkov_rows, "trees": tree_rows, "hmm": hmm_rows, "em": em_rows,
+    "chain": chain_rows, "semimarkov": semimarkov_rows, "trees": tree_rows, "grammar": grammar_rows,
+    "hmm": hmm_rows, "em": em_rows,
     "ctc": ctc_rows, "kalman": kalman_rows,
 }  # fmt: skip
 
