@@ -66,10 +66,8 @@ def backward(kept: Any, weights: Tensor) -> tuple[Tensor, ...]:
     """Expected parts, each row of the batch times its weight."""
     if not isinstance(kept, _Kept):
         leaves, total = kept
-        with torch.enable_grad():
-            counted = torch.where(total > -torch.inf, total, 0.0) @ weights.double()
         gradients: tuple[Tensor, ...] = torch.autograd.grad(
-            counted, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+            total, leaves, weights.double(), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return gradients
     rows, length, k = kept.q.shape
