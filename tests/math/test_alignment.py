@@ -75,8 +75,13 @@ def test_long_paths_keep_their_digits_and_masks_of_the_least_float_stand_for_wha
     scores = (torch.zeros(1, steps, states), torch.zeros(1, 2, states), torch.zeros(1, states), torch.zeros(1, states))
     # state s is reached by C(steps - 1, d) paths that advance d times in all
     counts = [math.comb(steps - 1, d) * (states - d) for d in range(states)]
-    found = log_partition(alignment.RECURSION, scores, torch.tensor([steps]))
-    assert float(found) == pytest.approx(math.log(sum(counts)), rel=1e-12)
+    for moves in (2, 3):
+        table = torch.zeros(1, moves, states).index_fill(1, torch.arange(2, moves), -torch.inf)
+        each = torch.full((1, steps, states), 0.3, dtype=torch.float64, requires_grad=True)
+        found = log_partition(alignment.RECURSION, (each, table, *scores[2:]), torch.tensor([steps]))
+        assert float(found) == pytest.approx(math.log(sum(counts)) + 0.3 * steps, rel=1e-12)
+        (used,) = torch.autograd.grad(found.sum(), each)
+        torch.testing.assert_close(used.sum(-1), torch.ones(1, steps, dtype=torch.float64))
     least = float(torch.finfo(torch.float32).min)
     masked = scores[0][:, :6].clone()
     masked[:, 2], masked[:, 4, 0] = least, least
