@@ -247,9 +247,9 @@ def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     for row, _, _ in kept.hard:
         easy[row] = 0.0
     shares = groups if groups > 1 else max(1, torch.get_num_threads())
-    mass, to_leaves = np.zeros((rows, size, size, m)), np.zeros((rows, size, m))
-    to_left, to_right = np.zeros(left_leaves.shape), np.zeros(right_leaves.shape)
-    to_both, to_root = np.zeros((shares, *both.shape[1:])), np.zeros((shares, n))
+    mass, to_leaves = room.zeros((rows, size, size, m)), room.zeros((rows, size, m))
+    to_left, to_right = room.zeros(left_leaves.shape), room.zeros(right_leaves.shape)
+    to_both, to_root = room.zeros((shares, *both.shape[1:])), room.zeros((shares, n))
     run_shares(
         kernels.outside,
         (
