@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from probllm.distributions.inside import InsideDistribution
-from probllm.math import cfg
+from probllm.math import cfg, cfg_trees
 from probllm.math.span_trees import are_trees, split_points, within_lengths
 
 
@@ -88,6 +88,16 @@ class GrammarTree(InsideDistribution):
 
     def _real(self, value: Tensor) -> Tensor:
         return torch.where(within_lengths(self.lengths, value.shape[-1]), value, 0)
+
+    def _best(self) -> Tensor:
+        parts = self._plain_parts()
+        return super()._best() if parts is None else self._grown(cfg_trees.best(parts, self._flat_lengths()))
+
+    def _draw(self, n: int) -> Tensor:
+        parts = self._plain_parts()
+        if parts is None:
+            return super()._draw(n)
+        return self._grown(cfg_trees.draw(parts, self._flat_lengths(), n), (n,))
 
     def _score(self, value: Tensor) -> Tensor:
         value = self._real(value)

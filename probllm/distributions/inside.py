@@ -115,9 +115,23 @@ class InsideDistribution(StructuredDistribution):
     def _flat_lengths(self) -> Tensor:
         return self.lengths.reshape(-1)
 
-    def _log_z(self) -> Tensor:
+    def _flat_parts(self) -> tuple[Tensor, ...]:
+        """The parts as a ``Recursion`` takes them: what all rows share, but for the main part, once."""
         rows = math.prod(self._own_shape)
-        scores = tuple(self._flat(name, rows > 1 and name != next(iter(self._dims))) for name in self._dims)
+        return tuple(self._flat(name, rows > 1 and name != next(iter(self._dims))) for name in self._dims)
+
+    def _plain_parts(self) -> tuple[Tensor, ...] | None:
+        """The same; None where kernels do not take them: on another device, under ``torch.func``, without rows."""
+        parts = self._flat_parts()
+        plain = all(x.device.type == "cpu" and not is_wrapped(x) for x in (*parts, self.lengths))
+        return parts if plain and self.lengths.numel() else None
+
+    def _grown(self, structures: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
+        """Structures ``[*lead, B, ...]`` in the batch's own shape."""
+        return structures.reshape(*lead, *self._own_shape, *self.event_shape)
+
+    def _log_z(self) -> Tensor:
+        rows, scores = math.prod(self._own_shape), self._flat_parts()
         if rows == 0:  # an empty batch: nothing, with gradients
             return sum(x.sum() for x in scores).double().expand(self._own_shape)  # type: ignore[union-attr]
         return recursion.log_partition(self._recursion, scores, self._flat_lengths()).reshape(self._own_shape)

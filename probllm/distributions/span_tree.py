@@ -16,7 +16,6 @@ from torch import Tensor
 
 from probllm.distributions.inside import InsideDistribution
 from probllm.math import span_trees
-from probllm.math.chain import is_wrapped
 from probllm.math.span_trees import are_trees, within_lengths
 
 
@@ -59,24 +58,14 @@ class SpanTree(InsideDistribution):
         return torch.where(within_lengths(self.lengths, value.shape[-1]), value, 0)
 
     def _best(self) -> Tensor:
-        spans = self._compilable()
-        return super()._best() if spans is None else self._grown(span_trees.best(spans, self._flat_lengths()), ())
+        parts = self._plain_parts()
+        return super()._best() if parts is None else self._grown(span_trees.best(parts[0], self._flat_lengths()))
 
     def _draw(self, n: int) -> Tensor:
-        spans = self._compilable()
-        if spans is None:
+        parts = self._plain_parts()
+        if parts is None:
             return super()._draw(n)
-        return self._grown(span_trees.draw(spans, self._flat_lengths(), n), (n,))
-
-    def _compilable(self) -> Tensor | None:
-        """The scores as ``[B, T, T, K]``; None where the kernels do not take them."""
-        spans = self._flat("spans", shared=False)
-        if spans.device.type != "cpu" or is_wrapped(spans) or is_wrapped(self.lengths) or not spans.numel():
-            return None
-        return spans
-
-    def _grown(self, trees: Tensor, lead: tuple[int, ...]) -> Tensor:
-        return trees.reshape(*lead, *self._own_shape, *self.event_shape)
+        return self._grown(span_trees.draw(parts[0], self._flat_lengths(), n), (n,))
 
     def _score(self, value: Tensor) -> Tensor:
         value = self._real(value)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math import room
 from probllm.math.chain_torch import safe_logsumexp
 from probllm.math.kernels import cfg as kernels
 from probllm.math.kernels.threads import run_shares
@@ -152,19 +153,49 @@ class _Kept(NamedTuple):
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
     """log Z ``[B]`` of spans ``[B, T, T, M]``, rules, root and unary as in ``inside``, by the kernels."""
-    spans, rules, root, unary = (x.detach().double() for x in scores)
-    rows, size, _, m = spans.shape
-    n = root.shape[-1]
-    groups = max(x.shape[0] for x in (rules, root, unary))
-    rules, root, unary = (x.expand(groups, *x.shape[1:]) for x in (rules, root, unary))
-    width, n4 = -(-n // 8) * 8, -(-n // 4) * 4
-
+    spans, rules, root, unary = grouped(scores)
     words = spans.diagonal(dim1=1, dim2=2).transpose(1, 2).contiguous().requires_grad_(keep)
     unary = unary.contiguous().requires_grad_(keep)
     with torch.set_grad_enabled(keep):
-        logs = log_leaves(words, unary, n)
-    scales = logs.detach().amax(-1)
-    leaves = torch.where(scales.unsqueeze(-1) > -torch.inf, logs.detach() - _finite(scales).unsqueeze(-1), -torch.inf)
+        logs = log_leaves(words, unary, root.shape[-1])
+    found, flags, tables, leaves, arrays = scaled_inside(spans, rules, root, logs.detach(), lengths)
+    hard = []
+    for row in np.flatnonzero(flags).tolist():
+        own = tuple(x.detach()[row if x.shape[0] > 1 else 0].double().requires_grad_(keep) for x in scores)
+        with torch.set_grad_enabled(keep):
+            value = inside(LOG, tuple(LOG.lift(x) for x in own), lengths[row])[0]
+        found[row] = value.detach()
+        hard.append((row, own, value))
+    if not keep:
+        return found, None
+    shapes = tuple(x.shape for x in scores)
+    return found, _Kept(shapes, tables, words, unary, logs, leaves, arrays, found, hard)
+
+
+def grouped(scores: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Spans, rules, root and unary in float64, the last three with G rows each: B, or 1 that all rows share."""
+    spans, rules, root, unary = (x.detach().double() for x in scores)
+    groups = max(x.shape[0] for x in (rules, root, unary))
+    return spans, *(x.expand(groups, *x.shape[1:]) for x in (rules, root, unary))  # type: ignore[return-value]
+
+
+class ScaledInside(NamedTuple):
+    """What the kernel makes of scores."""
+
+    log_z: Tensor  # [B]
+    flags: Any  # [B], 1 where something may have been lost
+    tables: Tensor  # [G, N, M, M], exp(rules - greatest)
+    leaves: Tensor  # [B, T, M], exp of log beta of single words, scaled
+    arrays: tuple[Any, ...]  # left_leaves, right_leaves, tables, transposed, root, lengths, starts, scales, passed
+
+
+def scaled_inside(spans: Tensor, rules: Tensor, root: Tensor, logs: Tensor, lengths: Tensor) -> ScaledInside:
+    """The inside pass over scores as ``grouped`` gives them, and log beta ``[B, T, M]`` of single words."""
+    rows, size, _, m = spans.shape
+    groups, n = root.shape
+    width, n4 = -(-n // 8) * 8, -(-n // 4) * 4
+    scales = logs.amax(-1)
+    leaves = torch.where(scales.unsqueeze(-1) > -torch.inf, logs - _finite(scales).unsqueeze(-1), -torch.inf)
     greatest = _finite(rules.amax((-1, -2, -3)))
     top = _finite(root.amax(-1))
     tables = (rules - greatest[:, None, None, None]).exp()
@@ -186,7 +217,7 @@ def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Te
     both = torch.zeros(groups, n4, width, width, dtype=torch.float64)
     both[:, :n, :n] = last[:, :n, :n]
     both = both.flatten(1, 2)
-    starts, passed = np.zeros((rows, size, size, width)), np.zeros((rows, size, size, width))
+    starts, passed = room.zeros((rows, size, size, width)), room.zeros((rows, size, size, width))
     chart_scales, log_z = np.full((rows, size, size), -np.inf), np.empty(rows)
     arrays = (
         left_leaves.numpy(), right_leaves.numpy(), both.numpy(), both.transpose(1, 2).contiguous().numpy(),
@@ -202,17 +233,7 @@ def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Te
         0.05 * rows * size**2 * (n**3 + size * n**2),
     )  # fmt: skip
     found = torch.from_numpy(log_z) + (top if groups == rows else top.expand(rows))
-    hard = []
-    for row in np.flatnonzero(flags).tolist():
-        own = tuple(x.detach()[row if x.shape[0] > 1 else 0].double().requires_grad_(keep) for x in scores)
-        with torch.set_grad_enabled(keep):
-            value = inside(LOG, tuple(LOG.lift(x) for x in own), lengths[row])[0]
-        found[row] = value.detach()
-        hard.append((row, own, value))
-    if not keep:
-        return found, None
-    shapes = tuple(x.shape for x in scores)
-    return found, _Kept(shapes, tables, words, unary, logs, leaves, arrays, found, hard)
+    return ScaledInside(found, flags, tables, leaves, arrays)
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
@@ -226,9 +247,9 @@ def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     for row, _, _ in kept.hard:
         easy[row] = 0.0
     shares = groups if groups > 1 else max(1, torch.get_num_threads())
-    mass, to_leaves = np.zeros((rows, size, size, m)), np.zeros((rows, size, m))
-    to_left, to_right = np.zeros(left_leaves.shape), np.zeros(right_leaves.shape)
-    to_both, to_root = np.zeros((shares, *both.shape[1:])), np.zeros((shares, n))
+    mass, to_leaves = room.zeros((rows, size, size, m)), room.zeros((rows, size, m))
+    to_left, to_right = room.zeros(left_leaves.shape), room.zeros(right_leaves.shape)
+    to_both, to_root = room.zeros((shares, *both.shape[1:])), room.zeros((shares, n))
     run_shares(
         kernels.outside,
         (

@@ -17,7 +17,7 @@ import numpy as np
 
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.exponential import exponential
-from probllm.math.kernels.tiles import add_outer, product4
+from probllm.math.kernels.tiles import add_outer, add_products, product1, product4
 
 SMALL, LITTLE = 1e-60, -138.0  # products of five factors that are no smaller do not underflow; its logarithm
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # nothing here is -inf or NaN where sums are reordered
@@ -44,15 +44,6 @@ def _add_rows_back(x, n, table, by, d, to_x, to_table):  # type: ignore[no-untyp
 
 
 @compiled(fastmath=_FAST)
-def _add_four(x, y, out):  # type: ignore[no-untyped-def]
-    """out += x.T @ y for four rows each."""
-    for q in range(out.shape[0]):
-        x0, x1, x2, x3 = x[0, q], x[1, q], x[2, q], x[3, q]
-        for a in range(out.shape[1]):
-            out[q, a] += x0 * y[0, a] + x1 * y[1, a] + x2 * y[2, a] + x3 * y[3, a]
-
-
-@compiled(fastmath=_FAST)
 def _add_children(to_lefts, to_rights, shares, i, j, d):  # type: ignore[no-untyped-def]
     """Adds the gradients of the children of (i, j), a row a split, to those of their spans."""
     for q in range(j - i - 2):
@@ -60,7 +51,7 @@ def _add_children(to_lefts, to_rights, shares, i, j, d):  # type: ignore[no-unty
         for a in range(d.shape[2]):
             d[i, i + 1 + q, a] += by * to_lefts[q, a]
         for a in range(d.shape[2]):
-            d[i + 2 + q, j, a] += to_rights[q, a]
+            d[i + 2 + q, j, a] += by * to_rights[q, a]
 
 
 @compiled(fastmath={"nnan", "nsz"})
@@ -76,18 +67,28 @@ def _shares(lefts, rights, i, j, shares):  # type: ignore[no-untyped-def]
     return top
 
 
-@compiled()
-def _pairs(chart, ends, i, j, shares, lefts, y, n):  # type: ignore[no-untyped-def]
-    """y [N4, Np] = Y_ij, of the splits whose children are both wider than a word; lefts become the weighted left
-    children, a row each. ``ends[j, i]`` is ``chart[i, j]``."""
-    count, width = j - i - 2, chart.shape[2]
-    for q in range(count):
-        by = shares[i + 1 + q]
-        for x in range(width):
-            lefts[q, x] = by * chart[i, i + 1 + q, x]
-    y[:] = 0.0
-    rights = ends[j].ravel()
-    add_outer(lefts.ravel(), 0, rights, (i + 2) * width, count, 1.0, y, n)
+@compiled(fastmath={"nnan", "nsz"})
+def _factors(scores, n, u, factor):  # type: ignore[no-untyped-def]
+    """factor = exp(scores - high) of n scores; returns high, their greatest, and the greatest factor * u."""
+    high, low, peak = -math.inf, math.inf, 0.0
+    for a in range(n):
+        v = scores[a]
+        high = v if v > high else high
+        low = v if v < low else low
+    if high > -math.inf:
+        for a in range(n):
+            factor[a] = 1.0 if low == high else exponential(scores[a] - high)
+        for a in range(n):
+            v = factor[a] * u[a]
+            peak = v if v > peak else peak
+    return high, peak
+
+
+@compiled(fastmath=_FAST)
+def _add_two(x, by_x, y, by_y, out):  # type: ignore[no-untyped-def]
+    """out += by_x * x + by_y * y."""
+    for a in range(out.size):
+        out[a] += by_x * x[a] + by_y * y[a]
 
 
 @compiled()
@@ -107,13 +108,14 @@ def inside(  # type: ignore[no-untyped-def]
     rows, size, _, symbols = spans.shape
     n_all, width = root.shape[1], starts.shape[3]
     n4 = tables.shape[1] // width
-    lefts, ends, turned = np.zeros((size, width)), np.zeros((size, size, width)), np.empty((size, size))
+    ends, turned = np.zeros((size, size, width)), np.empty((size, size))
     pairs, products = np.zeros((4, n4 * width)), np.zeros((4, width))
-    factor, tops, shares = np.zeros(width), np.zeros(4), np.zeros((4, size))
+    factor, tops, shares, edges = np.zeros(width), np.zeros(4), np.zeros((4, size)), np.zeros((2, width))
     for b in range(first, rows, step):
         g = b if tables.shape[0] > 1 else 0
         n = lengths[b]
         scale, chart = scales[b], starts[b]
+        chart_flat, ends_flat = chart.ravel(), ends.ravel()
         ends[:] = 0.0
         turned[:] = -math.inf
         for i in range(n):
@@ -127,8 +129,9 @@ def inside(  # type: ignore[no-untyped-def]
                     i = begin + s
                     tops[s] = _shares(scale[i], turned[i + w - 1], i, i + w - 1, shares[s])
                     if w > 3 and tops[s] > -math.inf:
+                        at, after = (i * size + i + 1) * width, ((i + w - 1) * size + i + 2) * width
                         y = pairs[s].reshape(n4, width)
-                        _pairs(chart, ends, i, i + w - 1, shares[s], lefts, y, n_all)
+                        add_outer(chart_flat, at, ends_flat, after, w - 3, shares[s, i + 1 :], y, n_all)
                 if w > 3:
                     product4(pairs, tables[g], products, n4 * width)
                 for s in range(here):
@@ -140,19 +143,16 @@ def inside(  # type: ignore[no-untyped-def]
                     if w == 2:
                         _add_rows(leaves[b, j], symbols, left_leaves[b, i], 1.0, u)
                     else:
-                        _add_rows(chart[i + 1, j], n_all, left_leaves[b, i], shares[s, i], u)
-                        _add_rows(chart[i, j - 1], n_all, right_leaves[b, j], shares[s, j - 1], u)
-                    high, peak = -math.inf, 0.0
-                    for a in range(n_all):
-                        high = max(high, spans[b, i, j, a])
+                        product1(chart[i + 1, j : j + 1], left_leaves[b, i], edges[0:1], n_all)
+                        product1(chart[i, j - 1 : j], right_leaves[b, j], edges[1:2], n_all)
+                        _add_two(edges[0], shares[s, i], edges[1], shares[s, j - 1], u)
+                    high, peak = _factors(spans[b, i, j], n_all, u, factor)
                     if high == -math.inf:
                         continue
-                    for a in range(n_all):
-                        factor[a] = exponential(spans[b, i, j, a] - high)
-                        peak = max(peak, factor[a] * u[a])
-                        if careful and spans[b, i, j, a] > -math.inf and factor[a] < SMALL:
-                            flags[b] = 1
                     if careful:
+                        for a in range(n_all):
+                            if spans[b, i, j, a] > -math.inf and factor[a] < SMALL:
+                                flags[b] = 1
                         for k in range(i, j):
                             below = scale[i, k] + scale[k + 1, j] - top
                             if -math.inf < below < LITTLE:
@@ -161,8 +161,9 @@ def inside(  # type: ignore[no-untyped-def]
                         continue
                     scale[i, j] = turned[j, i] = high + greatest[g] + top + math.log(peak)
                     for a in range(n_all):
-                        passed[b, i, j, a] = factor[a] / peak
-                        chart[i, j, a] = ends[j, i, a] = factor[a] * u[a] / peak
+                        by = factor[a] / peak
+                        passed[b, i, j, a] = by if u[a] > 0.0 else 0.0
+                        chart[i, j, a] = ends[j, i, a] = by * u[a]
                     if careful:
                         for a in range(n_all):
                             if 0.0 < chart[i, j, a] < SMALL:
@@ -187,8 +188,11 @@ def outside(  # type: ignore[no-untyped-def]
     rows, size, symbols = leaves.shape
     n_all, width = root.shape[1], starts.shape[3]
     n4 = tables.shape[1] // width
-    lefts, ends, turned = np.zeros((size + 4, width)), np.zeros((size, size + 4, width)), np.empty((size, size))
+    ends, turned = np.zeros((size, size + 4, width)), np.empty((size, size))
     pairs, to_pairs, d_products = np.zeros((4, n4 * width)), np.zeros((4, n4 * width)), np.zeros((4, width))
+    by_left, by_right = np.zeros((size, size, width)), np.zeros((size, size, width))
+    left_across, right_across = np.zeros((size, n_all, width)), np.zeros((size, n_all, width))
+    edges, total_edge = np.zeros((2, width)), np.zeros((n4, width))
     across, to_rights, to_lefts = np.zeros((width, width)), np.zeros((size + 4, width)), np.zeros((size + 4, width))
     shares = np.zeros(size)
     d = np.zeros((size, size, width))
@@ -199,8 +203,13 @@ def outside(  # type: ignore[no-untyped-def]
         own = b if tables.shape[0] > 1 else first
         n = lengths[b]
         scale, chart = scales[b], starts[b]
-        d[:n, :n] = 0.0
+        chart_flat, ends_flat = chart.ravel(), ends.ravel()
+        d[:n, :n] = by_left[:n, :n] = by_right[:n, :n] = 0.0
         for i in range(n):
+            for x in range(n_all):
+                for a in range(n_all):
+                    left_across[i, a, x] = left_leaves[b, i, x, a]
+                    right_across[i, a, x] = right_leaves[b, i, x, a]
             for j in range(n):
                 turned[j, i] = scale[i, j]
                 for a in range(width):
@@ -219,9 +228,8 @@ def outside(  # type: ignore[no-untyped-def]
                     if s < here:
                         i = begin + s
                         for a in range(n_all):
-                            if chart[i, i + w - 1, a] > 0.0:
-                                mass[b, i, i + w - 1, a] = d[i, i + w - 1, a] * chart[i, i + w - 1, a]
-                                d_products[s, a] = d[i, i + w - 1, a] * passed[b, i, i + w - 1, a]
+                            mass[b, i, i + w - 1, a] = d[i, i + w - 1, a] * chart[i, i + w - 1, a]
+                            d_products[s, a] = d[i, i + w - 1, a] * passed[b, i, i + w - 1, a]
                 if w > 3:
                     product4(d_products, transposed[g], to_pairs, n_all)
                 for s in range(4):
@@ -237,23 +245,37 @@ def outside(  # type: ignore[no-untyped-def]
                         )
                         continue
                     _shares(scale[i], turned[j], i, j, shares)
-                    by = shares[i]
-                    _add_rows_back(chart[i + 1, j], n_all, left_leaves[b, i], by, du, d[i + 1, j], to_left[b, i])
-                    by = shares[j - 1]
-                    _add_rows_back(chart[i, j - 1], n_all, right_leaves[b, j], by, du, d[i, j - 1], to_right[b, j])
+                    product1(d_products[s : s + 1], left_across[i], edges[0:1], n_all)
+                    product1(d_products[s : s + 1], right_across[j], edges[1:2], n_all)
+                    for a in range(width):
+                        d[i + 1, j, a] += shares[i] * edges[0, a]
+                        d[i, j - 1, a] += shares[j - 1] * edges[1, a]
+                        by_left[i, j, a] = shares[i] * du[a]
+                        by_right[j, i, a] = shares[j - 1] * du[a]
                     if w == 3:
                         continue
-                    _pairs(chart, ends, i, j, shares, lefts, pairs[s].reshape(n4, width), n_all)
-                    dy, count = to_pairs[s].reshape(n4, width), j - i - 2
+                    at, after, count = (i * size + i + 1) * width, (j * (size + 4) + i + 2) * width, j - i - 2
+                    y, dy = pairs[s].reshape(n4, width), to_pairs[s].reshape(n4, width)
+                    add_outer(chart_flat, at, ends_flat, after, count, shares[i + 1 :], y, n_all)
                     for x in range(n_all):
                         for z in range(n_all):
                             across[z, x] = dy[x, z]
                     for q in range(0, count, 4):
-                        product4(lefts[q : q + 4], dy, to_rights[q : q + 4], n_all)
+                        product4(chart[i, i + 1 + q : i + 5 + q], dy, to_rights[q : q + 4], n_all)
                         product4(ends[j, i + 2 + q : i + 6 + q], across, to_lefts[q : q + 4], n_all)
                     _add_children(to_lefts, to_rights, shares, i, j, d)
                 if w > 3:
-                    _add_four(pairs, d_products, to_tables[own])
+                    add_products(pairs, d_products, to_tables[own])
         for i in range(n):
             for a in range(n_all):
                 to_leaves[b, i, a] += d[i, i, a]
+            # the gradients of all (i, j) whose left, and whose right child is this word
+            after, before = max(n - i - 2, 0), max(i - 1, 0)
+            total_edge[:] = 0.0
+            at = i * size + i + 2
+            add_outer(chart_flat, (at + size) * width, by_left.ravel(), at * width, after, 1.0, total_edge, n_all)
+            to_left[b, i, :n_all] += total_edge[:n_all]
+            total_edge[:] = 0.0
+            at = (i - 1) * (size + 4) * width
+            add_outer(ends_flat, at, by_right.ravel(), i * size * width, before, 1.0, total_edge, n_all)
+            to_right[b, i] += total_edge[:n_all]

@@ -76,40 +76,48 @@ def _best(lanes: int, vectors: int, rows: int) -> Any:
 
 
 def _outer(lanes: int, vectors: int) -> Any:
-    """(x, at, m, after, stride, n, by, out, row, column): four rows of out += by * sum over t < n of x_t (outer) m_t.
+    """(x, at, along, m, after, stride, n, by, out, row, column): four rows of sums over t < n of x_t (outer) m_t.
 
-    x and m are flat; x_t starts at ``at + t stride``, m_t at ``after + t stride``; out is two-dimensional.
+    x and m are flat; x_t starts at ``at + t along``, m_t at ``after + t stride``; out is two-dimensional. Where ``by``
+    is a number: out += by * the sum; where it is an array: out = the sum, each term times by[t].
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def outer(
-        typingctx: Any, x: Any, at: Any, m: Any, after: Any, stride: Any, n: Any, by: Any, out: Any, row: Any, column:
-        Any
+        typingctx: Any, x: Any, at: Any, along: Any, m: Any, after: Any, stride: Any, n: Any, by: Any, out: Any,
+        row: Any, column: Any
     ) -> Any:  # fmt: skip
+        weighted = isinstance(by, types.Array)
+
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
             emit = Emit(context, builder, sig.args[0].dtype, lanes)
-            x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 7))
-            _, at, _, after, stride, n, by, _, row, column = arguments
+            x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 3, 8))
+            _, at, along, _, after, stride, n, by, _, row, column = arguments
             sums = [[emit.variable() for _ in range(vectors)] for _ in range(4)]
             with cgutils.for_range(builder, n, intp=emit.integer) as loop:
-                moved = builder.mul(loop.index, stride)
-                x_at = builder.add(builder.add(at, moved), row)
-                m_at = builder.add(builder.add(after, moved), column)
+                x_at = builder.add(builder.add(at, builder.mul(loop.index, along)), row)
+                m_at = builder.add(builder.add(after, builder.mul(loop.index, stride)), column)
                 columns = [emit.load(m_data, builder.add(m_at, emit.integer(v * lanes))) for v in range(vectors)]
+                if weighted:
+                    weight = emit.spread(builder.load(builder.gep(emit.data(sig.args[7], by), [loop.index])))
+                    columns = [emit.times(c, weight) for c in columns]
                 for r in range(4):
                     value = emit.spread(builder.load(builder.gep(x_data, [builder.add(x_at, emit.integer(r))])))
                     for v in range(vectors):
                         emit.add_to(sums[r][v], emit.times(value, columns[v]))
-            factor, o_stride = emit.spread(by), emit.row_stride(sig.args[7], arguments[7])
+            factor = None if weighted else emit.spread(by)
+            o_stride = emit.row_stride(sig.args[8], arguments[8])
             for r in range(4):
                 for v in range(vectors):
                     place = builder.add(builder.mul(builder.add(row, emit.integer(r)), o_stride), column)
                     place = builder.add(place, emit.integer(v * lanes))
-                    total = emit.plus(emit.load(o_data, place), emit.times(builder.load(sums[r][v]), factor))
+                    total = builder.load(sums[r][v])
+                    if factor is not None:
+                        total = emit.plus(emit.load(o_data, place), emit.times(total, factor))
                     emit.store(total, o_data, place)
             return context.get_dummy_value()
 
-        return types.void(x, at, m, after, stride, n, by, out, row, column), generate
+        return types.void(x, at, along, m, after, stride, n, by, out, row, column), generate
 
     return outer
 
@@ -194,18 +202,29 @@ def product1(x, matrix, out, k):  # type: ignore[no-untyped-def]
 @compiled()
 def add_outer(x, at, m, after, n, by, out, k):  # type: ignore[no-untyped-def]
     """out[i, j] += by * sum over t < n of x[at + t P + i] m[after + t P + j], i < k; out [P, P], x and m flat, P
-    as ``padded``."""
+    as ``padded``. With an array by [n]: out[i, j] = sum of by[t] x[..] m[..]."""
+    _outers(x, at, out.shape[1], m, after, n, by, out, k)
+
+
+@compiled()
+def add_products(x, m, out):  # type: ignore[no-untyped-def]
+    """out += x.T @ m of x [n, K], m [n, P] and out [K, P], K a multiple of 4, P as ``padded``."""
+    _outers(x.ravel(), 0, x.shape[1], m.ravel(), 0, m.shape[0], 1.0, out, x.shape[1])
+
+
+@compiled(inline="always")
+def _outers(x, at, along, m, after, n, by, out, k):  # type: ignore[no-untyped-def]
     width = out.shape[1]
     for row in range(0, k, 4):
         if width == 4:
-            _outer4(x, at, m, after, width, n, by, out, row, 0)
+            _outer4(x, at, along, m, after, width, n, by, out, row, 0)
         else:
             column = 0
             while column + 32 <= width:
-                _outer32(x, at, m, after, width, n, by, out, row, column)
+                _outer32(x, at, along, m, after, width, n, by, out, row, column)
                 column += 32
             if column + 16 <= width:
-                _outer16(x, at, m, after, width, n, by, out, row, column)
+                _outer16(x, at, along, m, after, width, n, by, out, row, column)
                 column += 16
             if column < width:
-                _outer8(x, at, m, after, width, n, by, out, row, column)
+                _outer8(x, at, along, m, after, width, n, by, out, row, column)
