@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math import room
+from probllm.math.kernels import span_labels
 from probllm.math.kernels import span_trees as kernels
 from probllm.math.kernels.lanes import LANES
 from probllm.math.kernels.threads import run_shares
@@ -89,28 +91,31 @@ class _Kept(NamedTuple):
 
     spans: Any  # [B, T, T K], float32 or float64
     lengths: Any  # [B]
-    marginals: Any  # [B, T, T], of spans with any label
+    labels: tuple[Any, ...]  # [B, T, T] each: bases and totals of the sums over labels; none of one label
+    marginals: Any  # [B, T, T], of spans with any label, in the precision of the scores
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
     """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels."""
-    spans, sums, n = _label_sums(scores[0], lengths)
+    spans, sums, n, labels = _label_sums(scores[0], lengths)
     rows, size, _ = sums.shape
-    marginals, log_z = np.zeros((rows, size, size) if keep else (0, 0, 0)), np.empty(rows)
+    marginals, log_z = room.zeros((rows if keep else 0, size, size), spans.dtype), np.empty(rows)
     arguments = (sums, n, _by_length(n), int(keep), np.empty((0, 0, 0)), marginals, log_z)
     run_shares(kernels.inside_outside, arguments, -(-rows // LANES), 0.1 * rows * size**3)
-    return torch.from_numpy(log_z), _Kept(spans, n, marginals) if keep else None
+    return torch.from_numpy(log_z), _Kept(spans, n, labels, marginals) if keep else None
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     """weights * the marginals of spans ``[B, T, T, K]``."""
     rows, size, width = kept.spans.shape
     if width == size:
-        spans = torch.from_numpy(kept.marginals) * weights.double()[:, None, None]
+        marginals = torch.from_numpy(kept.marginals)
+        spans = marginals * weights.to(marginals.dtype)[:, None, None]
     else:
-        gradient = np.zeros(kept.spans.shape, kept.spans.dtype)
-        arguments = (*kept, weights.detach().double().contiguous().numpy(), gradient)
-        run_shares(kernels.label_gradient, arguments, rows, 1.0 * gradient.size)
+        gradient = room.empty(kept.spans.shape, kept.spans.dtype)
+        by = weights.detach().double().contiguous().numpy()
+        arguments = (kept.spans, kept.lengths, *kept.labels, kept.marginals, by, gradient)
+        run_shares(span_labels.label_gradient, arguments, rows, 0.5 * gradient.size)
         spans = torch.from_numpy(gradient)
     return (spans.view(rows, size, size, width // size),)
 
@@ -129,7 +134,7 @@ def best(spans: Tensor, lengths: Tensor) -> Tensor:
 @untraced
 def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Exact samples ``[count, B, T, T]``, by the kernels."""
-    scores, sums, n = _label_sums(spans, lengths)
+    scores, sums, n, _ = _label_sums(spans, lengths)
     rows, size, _ = sums.shape
     chart, log_z = np.full((rows, size, size), -np.inf), np.empty(rows)
     arguments: tuple[Any, ...] = (sums, n, _by_length(n), 2, chart, np.empty((0, 0, 0)), log_z)
@@ -141,17 +146,19 @@ def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
     return torch.from_numpy(trees)
 
 
-def _label_sums(spans: Tensor, lengths: Tensor) -> tuple[Any, Any, Any]:
-    """Scores ``[B, T, T K]``, log sums over labels ``[B, T, T]`` float64, and lengths, as arrays."""
+def _label_sums(spans: Tensor, lengths: Tensor) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """Scores ``[B, T, T K]``, log sums over labels ``[B, T, T]`` (of one label, the scores), lengths, and what
+    ``_Kept.labels`` holds, as arrays."""
     spans = spans.detach()
     rows, size, _, k = spans.shape
     wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
     scores, n = wide.reshape(rows, size, size * k).contiguous().numpy(), _ints(lengths)
     if k == 1:
-        return scores, scores.astype(np.float64, copy=False), n
-    sums = np.empty((rows, size, size))
-    run_shares(kernels.label_sums, (scores, n, sums), rows, 1.0 * scores.size)
-    return scores, sums, n
+        return scores, scores, n, ()
+    shape = (rows, size, size)
+    sums, bases, totals = np.empty(shape), np.empty(shape, scores.dtype), np.empty(shape)
+    run_shares(span_labels.label_sums, (scores, n, sums, bases, totals), rows, 0.5 * scores.size)
+    return scores, sums, n, (bases, totals)
 
 
 def _by_length(lengths: Any) -> Any:
