@@ -62,7 +62,7 @@ def test_probability_space_and_log_space_agree() -> None:
     spans = torch.randn(9, 30, 30, 2, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([30, 30, 12, 1, 2, 30, 7, 29, 3])
     mine, kept = span_trees.forward((spans,), lengths, True)
-    sums = span_trees._label_sums(spans, lengths)[1]
+    sums = span_trees._label_sums(spans, lengths)[0]
     plain = tuple(torch.empty(30, 30).double().numpy() for _ in range(4))
     for b, n in enumerate(lengths.tolist()):
         marginals = torch.zeros(9, 30, 30).double().numpy()

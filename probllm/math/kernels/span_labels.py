@@ -1,4 +1,4 @@
-"""Sums over the labels of spans, and their gradient, in vectors of the scores' own precision.
+"""Sums over the labels of spans, and their shares of it, in vectors of the scores' own precision.
 
 s(i, j) = log sum_k exp(spans[i, j, k]): all spans that begin at one leaf are exponentiated in one pass, less their
 greatest score. What a float32 loses in that difference is added to the exponent again: far from the greatest score it
@@ -21,7 +21,6 @@ from probllm.math.kernels.exponentials import exp_vector
 from probllm.math.kernels.logarithm import logarithm
 from probllm.math.kernels.vectors import Emit
 
-WIDTH = 16  # what whole vectors may take beyond the end of a buffer
 _PARTS = 8  # lanes where each span is by itself
 _LEAST = {4: -87.0, 8: -700.0}  # by bytes a number: exp is 0 below
 _SURE4, _SURE8 = 1e-28, 1e-250  # likewise: a sum of exponentials that is no less has lost nothing
@@ -64,7 +63,7 @@ def _highest(typingctx: Any, x: Any, at: Any, n: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _exponentials(typingctx: Any, x: Any, at: Any, n: Any, base: Any, out: Any) -> Any:
-    """out[:n] = exp(x[at:at + n] - base), and 0 on to the end of the last vector."""
+    """out[at:at + n] = exp(x[at:at + n] - base)."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, sig.args[0].dtype, 512 // sig.args[0].dtype.bitwidth)
@@ -72,7 +71,8 @@ def _exponentials(typingctx: Any, x: Any, at: Any, n: Any, base: Any, out: Any) 
         base = emit.spread(arguments[3])
 
         def use(k: Any, v: Any) -> None:
-            emit.store(_exp_of_difference(emit, v, base), found, k)
+            value = _exp_of_difference(emit, v, base)
+            emit.store_some(value, found, builder.add(arguments[1], k), builder.sub(arguments[2], k))
 
         _all(emit, data, arguments[1], arguments[2], -math.inf, use)
         return context.get_dummy_value()
@@ -81,93 +81,115 @@ def _exponentials(typingctx: Any, x: Any, at: Any, n: Any, base: Any, out: Any) 
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _totals(typingctx: Any, x: Any, k: Any, n: Any, totals: Any) -> Any:
-    """totals[j] = the sum of x[j k:(j + 1) k] for j < n."""
+def _totals(typingctx: Any, x: Any, at: Any, k: Any, n: Any, totals: Any) -> Any:
+    """totals[j] = the sum of the j-th k entries of x[at:at + n k]."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, sig.args[0].dtype, _PARTS)
-        data, found = emit.data(sig.args[0], arguments[0]), emit.data(sig.args[3], arguments[3])
-        _, k, n, _ = arguments
+        data, found = emit.data(sig.args[0], arguments[0]), emit.data(sig.args[4], arguments[4])
+        _, at, k, n, _ = arguments
         with cgutils.for_range(builder, n, intp=emit.integer) as loop:
-            total = emit.variable()
-            _all(emit, data, builder.mul(loop.index, k), k, 0.0, lambda _, v: emit.add_to(total, v))
+            total, here = emit.variable(), builder.add(at, builder.mul(loop.index, k))
+            _all(emit, data, here, k, 0.0, lambda _, v: emit.add_to(total, v))
             value = context.cast(builder, emit.total(total), sig.args[0].dtype, types.float64)
             builder.store(value, builder.gep(found, [loop.index]))
         return context.get_dummy_value()
 
-    return types.void(x, k, n, totals), generate
+    return types.void(x, at, k, n, totals), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _shares(typingctx: Any, x: Any, at: Any, k: Any, n: Any, bases: Any, by: Any, out: Any) -> Any:
-    """out[at:at + n k] = by[j] exp(x - bases[j]) for the j-th k entries of x[at:at + n k]; 0 where ``by`` is."""
+def _products(typingctx: Any, x: Any, at: Any, k: Any, n: Any, by: Any, out: Any) -> Any:
+    """out[at:at + n k] = by[j] x for the j-th k entries of x[at:at + n k]."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, sig.args[0].dtype, _PARTS)
-        data, b_data, f_data, found = (emit.data(sig.args[i], arguments[i]) for i in (0, 4, 5, 6))
-        _, at, k, n = arguments[:4]
+        data, f_data, found = (emit.data(sig.args[i], arguments[i]) for i in (0, 4, 5))
+        _, at, k, n, _, _ = arguments
         end = builder.add(at, builder.mul(n, k))
         with cgutils.for_range(builder, n, intp=emit.integer) as loop:
-            base, factor = (emit.spread(builder.load(builder.gep(d, [loop.index]))) for d in (b_data, f_data))
-            none = builder.fcmp_ordered("==", factor, emit.constant(0.0))
+            factor = emit.spread(builder.load(builder.gep(f_data, [loop.index])))
             here = builder.add(at, builder.mul(loop.index, k))
 
             def use(q: Any, v: Any) -> None:
-                value = builder.select(none, factor, emit.times(_exp_of_difference(emit, v, base), factor))
                 place = builder.add(here, q)
                 # what lies behind the span is written over by the next
-                emit.store_some(value, found, place, builder.sub(end, place))
+                emit.store_some(emit.times(v, factor), found, place, builder.sub(end, place))
 
-            _all(emit, data, here, k, -math.inf, use)
+            _all(emit, data, here, k, 0.0, use)
         return context.get_dummy_value()
 
-    return types.void(x, at, k, n, bases, by, out), generate
+    return types.void(x, at, k, n, by, out), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _clear(typingctx: Any, x: Any, first: Any, last: Any) -> Any:
+    """x[first:last] = 0."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        emit = Emit(context, builder, sig.args[0].dtype, _PARTS)
+        begin = builder.gep(emit.data(sig.args[0], arguments[0]), [arguments[1]])
+        size = builder.mul(builder.sub(arguments[2], arguments[1]), emit.integer(emit.bytes))
+        cgutils.memset(builder, begin, size, 0)
+        return context.get_dummy_value()
+
+    return types.void(x, first, last), generate
+
+
+@compiled(fastmath={"nnan", "nsz", "reassoc"})
+def _least(x, n):  # type: ignore[no-untyped-def]
+    low = math.inf
+    for j in range(n):
+        low = x[j] if x[j] < low else low
+    return low
 
 
 @compiled()
-def label_sums(spans, lengths, sums, bases, totals, first, step):  # type: ignore[no-untyped-def]
-    """sums [B, T, T] = bases + log totals = log sum over labels of exp(spans [B, T, T K])."""
+def label_sums(spans, lengths, sums, terms, totals, first, step):  # type: ignore[no-untyped-def]
+    """sums [B, T, T] = log sum over labels of exp(spans [B, T, T K]); terms, alike, and their totals [B, T, T]: the
+    exponentials up to a factor of each span."""
     rows, size, width = spans.shape
     k = width // size
-    flat, sure = spans.reshape(spans.size), _SURE4 if spans.itemsize == 4 else _SURE8
-    buffer, own = np.empty(width + WIDTH, spans.dtype), np.empty(k + WIDTH, spans.dtype)
+    flat, out = spans.reshape(spans.size), terms.reshape(terms.size)
+    sure = _SURE4 if spans.itemsize == 4 else _SURE8
     for b in range(first, rows, step):
         for i in range(lengths[b]):
             n, at = lengths[b] - i, ((b * size + i) * size + i) * k
+            row, total = sums[b, i, i : i + n], totals[b, i, i : i + n]
             peak = _highest(flat, at, n * k)
-            _exponentials(flat, at, n * k, peak, buffer)
-            row, base, total = sums[b, i, i : i + n], bases[b, i, i : i + n], totals[b, i, i : i + n]
-            _totals(buffer, k, n, total)
-            least = math.inf
+            _exponentials(flat, at, n * k, peak, out)
+            _totals(out, at, k, n, total)
             for j in range(n):
-                least = min(least, total[j])
-                base[j] = peak
                 row[j] = peak + logarithm(total[j])
-            if least >= sure:
+            if _least(total, n) >= sure:
                 continue
             for j in range(n):
                 if not total[j] >= sure:
-                    high = _highest(flat, at + j * k, k)
-                    base[j] = high if high > -math.inf else 0.0
-                    _exponentials(flat, at + j * k, k, base[j], own)
-                    _totals(own, k, 1, total[j:])
-                    row[j] = base[j] + logarithm(total[j])
+                    base = _highest(flat, at + j * k, k)
+                    _exponentials(flat, at + j * k, k, base, out)
+                    _totals(out, at + j * k, k, 1, total[j:])
+                    row[j] = base + logarithm(total[j])
 
 
 @compiled()
-def label_gradient(spans, lengths, bases, totals, mass, weights, gradient, first, step):  # type: ignore[no-untyped-def]
-    """gradient [B, T, T K] = weights [B] mass [B, T, T] P(label | span), by what ``label_sums`` found."""
-    rows, size, width = spans.shape
+def _shares(weight, mass, totals, by):  # type: ignore[no-untyped-def]
+    """by = weight mass / totals, 0 where the total is."""
+    for j in range(len(mass)):
+        by[j] = weight * mass[j] / (totals[j] if totals[j] > 0.0 else 1.0)
+
+
+@compiled()
+def label_gradient(terms, lengths, totals, mass, weights, gradient, first, step):  # type: ignore[no-untyped-def]
+    """gradient [B, T, T K] = weights [B] mass [B, T, T] terms / totals, by what ``label_sums`` found."""
+    rows, size, width = terms.shape
     k = width // size
-    flat, out, by = spans.reshape(spans.size), gradient.reshape(gradient.size), np.empty(size, spans.dtype)
+    flat, out, by = terms.reshape(terms.size), gradient.reshape(gradient.size), np.empty(size, terms.dtype)
     for b in range(first, rows, step):
-        last = lengths[b]
-        gradient[b, last:] = 0.0
+        last, done = lengths[b], b * size * width  # all before is written
         for i in range(last):
-            gradient[b, i, : i * k] = 0.0
-            gradient[b, i, last * k :] = 0.0
-            for j in range(i, last):
-                share = weights[b] * mass[b, i, j]
-                by[j - i] = share / totals[b, i, j] if share != 0.0 else 0.0
             at = ((b * size + i) * size + i) * k
-            _shares(flat, at, k, last - i, bases[b, i, i:last], by, out)
+            _clear(out, done, at)
+            _shares(weights[b], mass[b, i, i:last], totals[b, i, i:last], by)
+            _products(flat, at, k, last - i, by, out)
+            done = at + (last - i) * k
+        _clear(out, done, (b + 1) * size * width)
