@@ -88,6 +88,14 @@ def test_narrow_labels_lose_no_more_than_their_rounding(k: int, scale: float) ->
     assert bool((gradient[beyond.expand_as(gradient) | (spans == -torch.inf)] == 0).all())
 
 
+def test_what_a_great_score_takes_from_the_digits_of_others_is_given_back() -> None:
+    """Each leaf's own score is far above those of the wider spans, whose differences from it are all rounded alike."""
+    spans = torch.full((1, 40, 40, 2), 0.3)
+    spans[0].diagonal()[:] = 60.0
+    log_z = [span_trees.forward((x,), torch.tensor([40]), False)[0] for x in (spans, spans.double())]
+    torch.testing.assert_close(*log_z, rtol=1e-12, atol=4e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_label_far_below_its_span_is_nothing_and_a_span_far_below_its_row_is_not(dtype: torch.dtype) -> None:
     spans = torch.zeros(1, 3, 3, 9, dtype=dtype)
