@@ -19,7 +19,7 @@ import numpy as np
 
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.exponential import exponential, exponentials
-from probllm.math.kernels.lanes import LANES, join, split
+from probllm.math.kernels.lanes import LANES, aligned, join, split
 
 FLOOR, CEILING, LOST = 1e-140, 1e140, 1e-13
 _WIDEST = 600.0  # the greatest |exponent| of a single score
@@ -169,8 +169,8 @@ def inside_outside(sums, lengths, order, mode, chart, marginals, log_z, first, s
     """
     size = sums.shape[1]
     volume = size * size * LANES
-    factor, starts, ends = np.empty(volume), np.empty(volume), np.empty(volume)
-    to_starts, to_ends, mass = np.empty(volume), np.empty(volume), np.empty(volume)
+    factor, starts, ends = aligned(volume), aligned(volume), aligned(volume)
+    to_starts, to_ends, mass = aligned(volume), aligned(volume), aligned(volume)
     rows, n = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     offsets, leasts, shifts = np.empty(LANES), np.empty(LANES), np.empty(LANES)
     raised, over, lost = np.empty(LANES), np.empty(LANES), np.empty(LANES)
