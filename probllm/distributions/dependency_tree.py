@@ -60,7 +60,11 @@ class DependencyTreeLaw(InsideDistribution):
             ) from None
         self.single_root = bool(single_root)
         self._recursion = self._recursions[0 if self.single_root else 1]
-        arcs, root = arcs.expand(*batch, words, words), root.to(arcs.dtype).expand(*batch, words)
+        if arcs.shape[:-2] != batch:  # a view would be one more step of the gradient, here and below
+            arcs = arcs.expand(*batch, words, words)
+        root = root.to(arcs.dtype)
+        if root.shape[:-1] != batch:
+            root = root.expand(*batch, words)
         # scattered: the graph keeps no tensor, so that two results of one law can be differentiated one after the other
         table = torch.diagonal_scatter(arcs, root, 0, -2, -1)
         self._set_up({"arcs": table}, lengths, words, (words,))

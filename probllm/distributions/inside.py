@@ -54,18 +54,21 @@ class InsideDistribution(StructuredDistribution):
                 raise TypeError(f"{name}: expected floating-point scores, got {x.dtype}")
             if x.device != device:
                 raise ValueError(f"{name}: expected device {device} as {next(iter(parts))}, got {x.device}")
-        if lengths is None:
-            lengths = torch.tensor(longest, device=device)
-        check_lengths(lengths, longest)
         leading = {name: x.shape[: x.dim() - self._dims[name]] for name, x in parts.items()}
+        if lengths is not None:
+            check_lengths(lengths, longest)
+            leading["lengths"] = lengths.shape
         try:
-            self._own_shape = broadcast_shapes(*leading.values(), lengths.shape)
+            self._own_shape = broadcast_shapes(*leading.values())
         except RuntimeError:
-            shapes = {name: list(shape) for name, shape in (*leading.items(), ("lengths", lengths.shape))}
+            shapes = {name: list(shape) for name, shape in leading.items()}
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
         dtype = next(iter(parts.values())).dtype
         self._given = {name: x.to(dtype) for name, x in parts.items()}
-        self.lengths = lengths.to(device, torch.long).expand(self._own_shape)
+        if lengths is None:
+            self.lengths = torch.full(self._own_shape, longest, dtype=torch.long, device=device)
+        else:
+            self.lengths = lengths.to(device, torch.long).expand(self._own_shape)
         self._kept = {}
         super().__init__(self._own_shape, torch.Size(event), validate_args=False)
 
@@ -87,7 +90,8 @@ class InsideDistribution(StructuredDistribution):
     def _rows(self, name: str, batch: torch.Size | None = None) -> Tensor:
         """A part of its own for each row of the batch (the stored one if None)."""
         x = self.parts[name]
-        return x.expand(*(self._own_shape if batch is None else batch), *x.shape[x.dim() - self._dims[name] :])
+        shape = (*(self._own_shape if batch is None else batch), *x.shape[x.dim() - self._dims[name] :])
+        return x if x.shape == shape else x.expand(shape)  # a view would be one more step of the gradient
 
     def _expand_part(self, name: str, x: Tensor) -> Tensor:
         return self._rows(name, self.batch_shape)
@@ -110,7 +114,8 @@ class InsideDistribution(StructuredDistribution):
         event = x.shape[x.dim() - self._dims[name] :]
         if shared and math.prod(x.shape[: x.dim() - self._dims[name]]) == 1:
             return x.reshape(1, *event)
-        return self._rows(name).reshape(math.prod(self._own_shape), *event)
+        rows = self._rows(name)
+        return rows if len(self._own_shape) == 1 else rows.reshape(math.prod(self._own_shape), *event)
 
     def _flat_lengths(self) -> Tensor:
         return self.lengths.reshape(-1)
@@ -134,7 +139,8 @@ class InsideDistribution(StructuredDistribution):
         rows, scores = math.prod(self._own_shape), self._flat_parts()
         if rows == 0:  # an empty batch: nothing, with gradients
             return sum(x.sum() for x in scores).double().expand(self._own_shape)  # type: ignore[union-attr]
-        return recursion.log_partition(self._recursion, scores, self._flat_lengths()).reshape(self._own_shape)
+        log_z = recursion.log_partition(self._recursion, scores, self._flat_lengths())
+        return log_z if log_z.shape == self._own_shape else log_z.reshape(self._own_shape)
 
     def _expected(self) -> dict[str, Tensor]:
         scores = tuple(self._flat(name, False) for name in self._dims)

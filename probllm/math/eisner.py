@@ -16,11 +16,15 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from probllm.math import room
 from probllm.math.kernels import eisner as kernels
+from probllm.math.kernels import eisner_lanes
+from probllm.math.kernels.lanes import LANES
 from probllm.math.kernels.threads import run_shares
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import LOG, SAMPLING, Semiring
@@ -85,43 +89,27 @@ def _many_roots(semiring: Semiring, root: Tensor, left_end: Tensor, right_end: T
     return done[..., 1:]
 
 
-def _scaled(arcs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights ``[B, T, T]``, at most 1 and so that sums over trees stay below e^250, and the logs taken out ``[B]``.
-
-    Of n words there are fewer than 6.75^n trees: C(3n, n) / (2n + 1).
-    """
-    words = arcs.shape[-1]
-    real = torch.arange(words) < lengths.unsqueeze(-1)
-    scores = arcs.detach().to(torch.float64, copy=True)
-    if not bool(real.all()):
-        scores.masked_fill_(~(real.unsqueeze(-1) & real.unsqueeze(-2)), -math.inf)
-    peak = scores.amax(-2)
-    peak.masked_fill_(peak == -math.inf, 0.0)
-    if words * math.log(6.75) > 250.0:
-        peak += torch.where(real, (math.log(6.75) - 250.0 / lengths).clamp_min(0.0).unsqueeze(-1), 0.0)
-    return scores.sub_(peak.unsqueeze(-2)).exp_(), peak.sum(-1)
-
-
 def _forward(
     parts: tuple[Tensor, ...], lengths: Tensor, keep: bool, *, single_root: bool
 ) -> tuple[Tensor, Tensor | None]:
     """log Z ``[B]`` and, if they are kept, the marginals ``[B, T, T]``."""
-    (arcs,) = parts
-    rows, words = len(lengths), arcs.shape[-1]
-    arcs = arcs.expand(rows, words, words)
-    weights, taken = _scaled(arcs, lengths)
-    log_z, good = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.bool)
-    marginals = torch.zeros(rows if keep else 0, words, words, dtype=torch.float64)
+    arcs, rows, words = parts[0].detach(), len(lengths), parts[0].shape[-1]
+    arcs = (arcs if arcs.dtype in (torch.float32, torch.float64) else arcs.double()).expand(rows, words, words)
+    scores = arcs.contiguous().numpy()
     n = lengths.long().contiguous().numpy()
-    arguments = (weights.numpy(), n, single_root, keep, log_z.numpy(), marginals.numpy(), good.numpy())
-    run_shares(kernels.sums, arguments, rows, (0.8 if keep else 0.3) * rows * words**3)
-    total = log_z + taken
-    if not bool(good.all()):  # something ranges too widely: in log space
-        found, used = _by_gradient(LOG, arcs.detach()[~good].double(), lengths[~good], single_root)
-        total[~good] = found
+    log_z, good = np.empty(rows), np.empty(rows, np.bool_)
+    marginals = room.zeros((rows if keep else 0, words, words), scores.dtype)
+    arguments = (scores, n, np.argsort(-n, kind="stable"), single_root, keep, log_z, marginals, good)
+    groups = -(-rows // LANES)
+    run_shares(eisner_lanes.sums, arguments, groups, (1.6 if keep else 0.7) * groups * words**3)
+    value, used = torch.from_numpy(log_z), torch.from_numpy(marginals)
+    if not good.all():  # something ranges too widely: in log space
+        wide = torch.from_numpy(~good)
+        found, gradient = _by_gradient(LOG, arcs[wide].double(), lengths[wide], single_root)
+        value[wide] = found
         if keep:
-            marginals[~good] = used
-    return total, marginals if keep else None
+            used[wide] = gradient.to(used.dtype)
+    return value, used if keep else None
 
 
 def _by_gradient(semiring: Semiring, arcs: Tensor, lengths: Tensor, single_root: bool) -> tuple[Tensor, Tensor]:
@@ -133,7 +121,7 @@ def _by_gradient(semiring: Semiring, arcs: Tensor, lengths: Tensor, single_root:
 
 
 def _backward(kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    return (kept * weights[:, None, None],)
+    return (kept * weights.to(kept.dtype)[:, None, None],)
 
 
 def sample_trees(scores: Tensor, lengths: Tensor, seeds: Tensor, *, single_root: bool) -> Tensor:
@@ -145,9 +133,8 @@ def sample_trees(scores: Tensor, lengths: Tensor, seeds: Tensor, *, single_root:
         seeds: ``[N, B]`` long, one for each sample.
     """
     count, rows, words = len(seeds), len(lengths), scores.shape[-1]
-    weights, _ = _scaled(scores, lengths)
     heads, good = torch.zeros(count, rows, words, dtype=torch.long), torch.empty(rows, dtype=torch.bool)
-    arguments = (weights.numpy(), lengths.numpy(), single_root, seeds.numpy(), heads.numpy(), good.numpy())
+    arguments = (scores.contiguous().numpy(), lengths.numpy(), single_root, seeds.numpy(), heads.numpy(), good.numpy())
     run_shares(kernels.sample, arguments, rows, 0.3 * rows * words**3 + 2.0 * count * rows * words**2)
     if not bool(good.all()):
         wide, sizes = scores[~good], lengths[~good]

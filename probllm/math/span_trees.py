@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math import room
+from probllm.math.kernels import span_labels
 from probllm.math.kernels import span_trees as kernels
 from probllm.math.kernels.lanes import LANES
 from probllm.math.kernels.threads import run_shares
@@ -87,30 +89,32 @@ def within_lengths(lengths: Tensor, size: int) -> Tensor:
 class _Kept(NamedTuple):
     """What the backward pass needs."""
 
-    spans: Any  # [B, T, T K], float32 or float64
+    terms: Any  # [B, T, T K]: exponentials of the scores, up to a factor of each span; of one label, the scores
     lengths: Any  # [B]
-    marginals: Any  # [B, T, T], of spans with any label
+    totals: Any  # [B, T, T], of the terms
+    marginals: Any  # [B, T, T], of spans with any label, in the precision of the scores
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
     """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels."""
-    spans, sums, n = _label_sums(scores[0], lengths)
+    sums, n, terms, totals = _label_sums(scores[0], lengths)
     rows, size, _ = sums.shape
-    marginals, log_z = np.zeros((rows, size, size) if keep else (0, 0, 0)), np.empty(rows)
+    marginals, log_z = room.zeros((rows if keep else 0, size, size), terms.dtype), np.empty(rows)
     arguments = (sums, n, _by_length(n), int(keep), np.empty((0, 0, 0)), marginals, log_z)
     run_shares(kernels.inside_outside, arguments, -(-rows // LANES), 0.1 * rows * size**3)
-    return torch.from_numpy(log_z), _Kept(spans, n, marginals) if keep else None
+    return torch.from_numpy(log_z), _Kept(terms, n, totals, marginals) if keep else None
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     """weights * the marginals of spans ``[B, T, T, K]``."""
-    rows, size, width = kept.spans.shape
+    rows, size, width = kept.terms.shape
     if width == size:
-        spans = torch.from_numpy(kept.marginals) * weights.double()[:, None, None]
+        marginals = torch.from_numpy(kept.marginals)
+        spans = marginals * weights.to(marginals.dtype)[:, None, None]
     else:
-        gradient = np.zeros(kept.spans.shape, kept.spans.dtype)
+        gradient = room.empty(kept.terms.shape, kept.terms.dtype)
         arguments = (*kept, weights.detach().double().contiguous().numpy(), gradient)
-        run_shares(kernels.label_gradient, arguments, rows, 1.0 * gradient.size)
+        run_shares(span_labels.label_gradient, arguments, rows, 0.4 * gradient.size)
         spans = torch.from_numpy(gradient)
     return (spans.view(rows, size, size, width // size),)
 
@@ -129,29 +133,34 @@ def best(spans: Tensor, lengths: Tensor) -> Tensor:
 @untraced
 def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Exact samples ``[count, B, T, T]``, by the kernels."""
-    scores, sums, n = _label_sums(spans, lengths)
+    sums, n, _, _ = _label_sums(spans, lengths)
     rows, size, _ = sums.shape
     chart, log_z = np.full((rows, size, size), -np.inf), np.empty(rows)
     arguments: tuple[Any, ...] = (sums, n, _by_length(n), 2, chart, np.empty((0, 0, 0)), log_z)
     run_shares(kernels.inside_outside, arguments, -(-rows // LANES), 0.1 * rows * size**3)
     trees = np.zeros((count, rows, size, size), np.int64)
     uniforms = torch.rand(count, rows, 4 * size, dtype=torch.float64).numpy()
-    arguments = (chart, scores, sums, n, log_z, uniforms, trees)
+    arguments = (chart, _scores(spans), sums, n, log_z, uniforms, trees)
     run_shares(kernels.draw, arguments, count, 20.0 * count * rows * size**1.5)
     return torch.from_numpy(trees)
 
 
-def _label_sums(spans: Tensor, lengths: Tensor) -> tuple[Any, Any, Any]:
-    """Scores ``[B, T, T K]``, log sums over labels ``[B, T, T]`` float64, and lengths, as arrays."""
-    spans = spans.detach()
+def _label_sums(spans: Tensor, lengths: Tensor) -> tuple[Any, Any, Any, Any]:
+    """Log sums over labels ``[B, T, T]``, lengths, and what ``_Kept`` has of the labels, as arrays."""
     rows, size, _, k = spans.shape
-    wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
-    scores, n = wide.reshape(rows, size, size * k).contiguous().numpy(), _ints(lengths)
+    scores, n = _scores(spans), _ints(lengths)
     if k == 1:
-        return scores, scores.astype(np.float64, copy=False), n
-    sums = np.empty((rows, size, size))
-    run_shares(kernels.label_sums, (scores, n, sums), rows, 1.0 * scores.size)
-    return scores, sums, n
+        return scores, n, scores, scores
+    (sums, totals), terms = np.empty((2, rows, size, size)), room.empty(scores.shape, scores.dtype)
+    run_shares(span_labels.label_sums, (scores, n, sums, terms, totals), rows, 0.5 * scores.size)
+    return sums, n, terms, totals
+
+
+def _scores(spans: Tensor) -> Any:
+    """``[B, T, T K]``, float32 or float64."""
+    spans = spans.detach()
+    wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
+    return wide.flatten(2).contiguous().numpy()
 
 
 def _by_length(lengths: Any) -> Any:

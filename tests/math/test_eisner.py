@@ -75,6 +75,25 @@ def test_kernels_are_their_twin(single_root: bool, case: tuple[Tensor, Tensor]) 
 
 
 @either
+@pytest.mark.parametrize("scale", [1.0, 1e6])  # in probability space, and some rows in log space
+def test_sentences_that_share_vectors_do_not_see_each_other(single_root: bool, scale: float) -> None:
+    words = 12
+    arcs = scale ** (torch.arange(19) % 3 / 2).double()[:, None, None] * torch.randn(19, words, words).double()
+    arcs = arcs.masked_fill(torch.rand(arcs.shape) < 0.2, -torch.inf)
+    lengths = torch.cat([torch.arange(1, words + 1), torch.tensor([12, 11, 1, 2, 12, 7, 3])])
+    beyond = torch.arange(words) >= lengths[:, None]
+    unused = beyond[:, :, None] | beyond[:, None, :]
+    arcs = torch.where(unused, torch.tensor(1e300, dtype=torch.float64), arcs)
+    recursion = ONE_ROOT if single_root else MANY_ROOTS
+    log_z, (marginals,) = log_partition(recursion, (arcs,), lengths), expected_parts(recursion, (arcs,), lengths)
+    for b, n in enumerate(lengths.tolist()):
+        own = (arcs[b : b + 1, :n, :n],), lengths[b : b + 1]
+        torch.testing.assert_close(log_z[b], log_partition(recursion, *own)[0], rtol=1e-14, atol=1e-13)
+        torch.testing.assert_close(marginals[b, :n, :n], expected_parts(recursion, *own)[0][0], rtol=1e-9, atol=1e-13)
+    assert bool((marginals[unused | (arcs == -torch.inf)] == 0).all())
+
+
+@either
 def test_kernels_run_in_probability_space_where_scores_are_plain(
     single_root: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

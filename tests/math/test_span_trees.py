@@ -13,6 +13,7 @@ from torch import Tensor
 from probllm.distributions.span_tree import SpanTree
 from probllm.math import span_trees
 from probllm.math.kernels import span_trees as kernels
+from probllm.math.kernels.logarithm import logarithm
 from probllm.math.recursion import expected_parts, log_partition
 from probllm.math.semirings import MAX
 
@@ -61,7 +62,7 @@ def test_probability_space_and_log_space_agree() -> None:
     spans = torch.randn(9, 30, 30, 2, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([30, 30, 12, 1, 2, 30, 7, 29, 3])
     mine, kept = span_trees.forward((spans,), lengths, True)
-    sums = span_trees._label_sums(spans, lengths)[1]
+    sums = span_trees._label_sums(spans, lengths)[0]
     plain = tuple(torch.empty(30, 30).double().numpy() for _ in range(4))
     for b, n in enumerate(lengths.tolist()):
         marginals = torch.zeros(9, 30, 30).double().numpy()
@@ -69,6 +70,52 @@ def test_probability_space_and_log_space_agree() -> None:
         assert value == pytest.approx(float(mine[b]), rel=1e-13, abs=1e-12)
         assert kept is not None
         torch.testing.assert_close(torch.from_numpy(kept.marginals[b]), torch.from_numpy(marginals[b]))
+
+
+@pytest.mark.parametrize("k", [2, 5, 8, 16, 20, 35])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 1e3])
+def test_narrow_labels_lose_no_more_than_their_rounding(k: int, scale: float) -> None:
+    """log Z and marginals of float32 scores beside those of the same numbers in float64."""
+    spans = scale * torch.randn(2, 40, 40, k).masked_fill(torch.rand(2, 40, 40, k) < 0.1, -torch.inf)
+    lengths = torch.tensor([40, 33])
+    narrow, kept = span_trees.forward((spans,), lengths, True)
+    wide, wide_kept = span_trees.forward((spans.double(),), lengths, True)
+    torch.testing.assert_close(narrow, wide, rtol=1e-12, atol=1e-5)
+    weights = torch.tensor([1.0, -3.0])
+    (gradient,), (expected,) = (span_trees.backward(x, weights) for x in (kept, wide_kept))
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
+    beyond = ~span_trees.within_lengths(lengths, 40).unsqueeze(-1)
+    assert bool((gradient[beyond.expand_as(gradient) | (spans == -torch.inf)] == 0).all())
+
+
+def test_what_a_great_score_takes_from_the_digits_of_others_is_given_back() -> None:
+    """Each leaf's own score is far above those of the wider spans, whose differences from it are all rounded alike."""
+    spans = torch.full((1, 40, 40, 2), 0.3)
+    spans[0].diagonal()[:] = 60.0
+    log_z = [span_trees.forward((x,), torch.tensor([40]), False)[0] for x in (spans, spans.double())]
+    torch.testing.assert_close(*log_z, rtol=1e-12, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_label_far_below_its_span_is_nothing_and_a_span_far_below_its_row_is_not(dtype: torch.dtype) -> None:
+    spans = torch.zeros(1, 3, 3, 9, dtype=dtype)
+    spans[..., 1:] = -1000.0  # exp of it is no normal number in either precision
+    spans[0, 0, 1] -= 2000.0
+    spans[0, 1, 2] = -torch.inf
+    log_z, kept = span_trees.forward((spans,), torch.tensor([3]), True)
+    assert float(log_z) == -2000.0
+    (gradient,) = span_trees.backward(kept, torch.ones(1))
+    used = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 1]], dtype=dtype)
+    assert torch.equal(gradient[0, ..., 0], used)
+    assert not bool(gradient[..., 1:].any())
+
+
+def test_logarithm_is_right_to_its_last_digits() -> None:
+    x = torch.cat([torch.rand(1000).double() * 2, (600 * torch.randn(1000).double().clamp(-1, 1)).exp()])
+    found = torch.tensor([logarithm(v) for v in x.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(found, x.log(), rtol=5e-16, atol=1e-16)
+    assert logarithm(0.0) == -math.inf
+    assert logarithm(1.0) == 0.0
 
 
 def test_span_that_is_raised_but_certain_sends_its_row_to_logs() -> None:

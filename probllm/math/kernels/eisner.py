@@ -5,8 +5,8 @@ Spans i..j stand in six tables, so that every sum runs along two rows:
     right [i, j], right_end [j, i]: headed by i;    left [i, j], left_end [j, i]: headed by j
     ahead [i, j]: i is the head of j, which ends there;    back [j, i]: j is the head of i, which starts there
 
-log Z and marginals run in probability space, from weights of at most 1; a row whose sum comes out tiny is for the
-caller to do otherwise. The best tree runs over scores. Kernels do the rows first, first + step, ...
+Samples run in probability space, from weights of at most 1; a row whose sum comes out tiny is for the caller to do
+otherwise. The best tree runs over scores. Kernels do the rows first, first + step, ... Sums: see ``eisner_lanes``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,33 @@ import math
 import numpy as np
 
 from probllm.math.kernels.compiled import compiled
-from probllm.math.kernels.rows import LANES, dot, highest, spread
+from probllm.math.kernels.exponential import exponentials
+from probllm.math.kernels.rows import LANES, dot, highest
 from probllm.math.kernels.splitmix import uniform
 
-# no sum of weights is above e^250 (see the caller), so what underflow loses is less than 1e-308 * 1e109 * T^3
-TINY = 1e-150
+# no sum of weights is above e^MOST, so what underflow loses is less than 1e-308 * 1e109 * T^3
+MOST, TINY = 250.0, 1e-150
+_LN_TREES = math.log(6.75)  # of n words there are fewer than 6.75^n trees: C(3n, n) / (2n + 1)
+
+
+@compiled()
+def scaled(scores, n, peaks, weights):  # type: ignore[no-untyped-def]
+    """weights [T, T] = exp(scores - peaks) of the first n words, at most 1 and so that sums over trees stay below
+    e^MOST; returns the sum of the peaks, one for each column (0 where all is forbidden)."""
+    peaks[:n] = -math.inf
+    for h in range(n):
+        for d in range(n):
+            v = np.float64(scores[h, d])
+            peaks[d] = v if v > peaks[d] else peaks[d]
+    taken = 0.0
+    for d in range(n):
+        peaks[d] = (peaks[d] if peaks[d] > -math.inf else 0.0) + max(_LN_TREES - MOST / n, 0.0)
+        taken += peaks[d]
+    for h in range(n):
+        for d in range(n):
+            weights[h, d] = np.float64(scores[h, d]) - peaks[d]
+        exponentials(weights[h], n)
+    return taken
 
 
 @compiled(error_model="numpy")
@@ -62,49 +84,6 @@ def _under_root(arcs, n, single, tables, under):  # type: ignore[no-untyped-def]
         under[1, r] = arcs[r, r] * (left[0, r] if single else dot(under, 0, left_end, r * wide, r + 1))
         under[0, r + 1] = dot(under, wide, right_end, r * wide, r + 1)
     return under[0, n]
-
-
-@compiled(error_model="numpy")
-def sums(arcs, lengths, single, keep, log_z, marginals, good, first, step):  # type: ignore[no-untyped-def]
-    """log_z [B] of weights arcs [B, T, T], the roots' on the diagonal; marginals alike, 0 on entry, if ``keep``."""
-    rows, words, _ = arcs.shape
-    tables, under = _tables(words)
-    slopes, d_under = _tables(words)  # beyond a span they are written to and not read
-    wide = tables.shape[2]
-    right, right_end, left, left_end, ahead, back = tables
-    d_right, d_right_end, d_left, d_left_end, d_ahead, d_back = slopes
-    for b in range(first, rows, step):
-        n = lengths[b]
-        _inside(arcs[b], n, tables)
-        total = _under_root(arcs[b], n, single, tables, under)
-        good[b] = total >= TINY
-        if not good[b]:
-            continue
-        log_z[b] = math.log(total)
-        if not keep:
-            continue
-        out = marginals[b]
-        slopes[:, :n], d_under[:] = 0.0, 0.0
-        d_under[0, n] = 1.0 / total
-        for r in range(n - 1, -1, -1):
-            spread(d_under[0, r + 1], under, d_under, wide, right_end, d_right_end, r * wide, r + 1)
-            out[r, r] = d_under[1, r] * under[1, r]
-            slope = d_under[1, r] * arcs[b, r, r]
-            if single:
-                d_left[0, r] += slope
-            else:
-                spread(slope, under, d_under, 0, left_end, d_left_end, r * wide, r + 1)
-        for w in range(n - 1, 0, -1):
-            for i in range(n - w):
-                j = i + w
-                slope = d_right[i, j] + d_right_end[j, i]
-                spread(slope, ahead, d_ahead, i * wide + i + 1, right_end, d_right_end, j * wide + i + 1, w)
-                slope = d_left[i, j] + d_left_end[j, i]
-                spread(slope, left, d_left, i * wide + i, back, d_back, j * wide + i, w)
-                out[i, j] = d_ahead[i, j] * ahead[i, j]
-                out[j, i] = d_back[j, i] * back[j, i]
-                slope = d_ahead[i, j] * arcs[b, i, j] + d_back[j, i] * arcs[b, j, i]
-                spread(slope, right, d_right, i * wide + i, left_end, d_left_end, j * wide + i + 1, w)
 
 
 @compiled(error_model="numpy")
@@ -163,15 +142,17 @@ def _read(n, single, tables, under, todo, state, drawn, heads):  # type: ignore[
 
 
 @compiled(error_model="numpy")
-def sample(arcs, lengths, single, seeds, heads, good, first, step):  # type: ignore[no-untyped-def]
-    """heads [M, B, T], 0 on entry, drawn from weights as ``sums`` takes them; seeds [M, B]."""
+def sample(scores, lengths, single, seeds, heads, good, first, step):  # type: ignore[no-untyped-def]
+    """heads [M, B, T], 0 on entry, drawn by scores [B, T, T], the roots' on the diagonal; seeds [M, B]."""
     draws, rows, words = heads.shape
     tables, under = _tables(words)
     todo, state = np.empty((4 * words + 4, 3), np.int64), np.empty(1, np.uint64)
+    arcs, peaks = np.empty((words, words)), np.empty(words)
     for b in range(first, rows, step):
         n = lengths[b]
-        _inside(arcs[b], n, tables)
-        good[b] = _under_root(arcs[b], n, single, tables, under) >= TINY
+        scaled(scores[b], n, peaks, arcs)
+        _inside(arcs, n, tables)
+        good[b] = _under_root(arcs, n, single, tables, under) >= TINY
         if good[b]:
             for m in range(draws):
                 state[0] = np.uint64(seeds[m, b])

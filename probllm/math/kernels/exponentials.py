@@ -25,25 +25,23 @@ from probllm.math.kernels.vectors import Emit, shift
 WIDE, BROKEN = 1, 4
 
 
-def _exp(emit: Emit, x: Any) -> Any:
-    """exp of a vector; any number where the result is not a normal one."""
+def exp_vector(emit: Emit, x: Any, more: Any = None) -> Any:
+    """exp(x + more), more being small beside x; any number where the result is not a normal one."""
     builder, narrow = emit.builder, emit.bytes == 4
     mantissa, terms = (23, 8) if narrow else (52, 14)  # the series is exact to the last bit for |r| <= ln 2 / 2
     high = 0.693359375 if narrow else 6.93147180369123816490e-01
     low = math.log(2.0) - high if narrow else 1.90821492927058770002e-10
 
-    def constant(value: float) -> Any:
-        return ir.Constant(emit.vector, [emit.scalar(value)] * emit.lanes)
-
     # added to 1.5 * 2^mantissa a number loses its fraction and leaves n in the lowest bits
-    magic = constant(1.5 * 2.0**mantissa)
-    shifted = emit.plus(emit.times(x, constant(1.0 / math.log(2.0))), magic)
+    magic = emit.constant(1.5 * 2.0**mantissa)
+    shifted = emit.plus(emit.times(x, emit.constant(1.0 / math.log(2.0))), magic)
     n = builder.fsub(shifted, magic)
-    r = emit.plus(x, emit.times(n, constant(-high)))
-    r = emit.plus(r, emit.times(n, constant(-low)))
-    series = constant(1.0 / math.factorial(terms - 1))
+    r = emit.plus(x, emit.times(n, emit.constant(-high)))
+    r = emit.plus(r, emit.times(n, emit.constant(-low)))
+    r = r if more is None else builder.fadd(r, more)
+    series = emit.constant(1.0 / math.factorial(terms - 1))
     for i in range(terms - 2, -1, -1):
-        series = emit.plus(emit.times(series, r), constant(1.0 / math.factorial(i)))
+        series = emit.plus(emit.times(series, r), emit.constant(1.0 / math.factorial(i)))
     whole = ir.VectorType(ir.IntType(8 * emit.bytes), emit.lanes)
     exponent = builder.shl(builder.bitcast(shifted, whole), ir.Constant(whole, [whole.element(mantissa)] * emit.lanes))
     return builder.bitcast(builder.add(builder.bitcast(series, whole), exponent), emit.vector)
@@ -86,7 +84,7 @@ def _exp_steps(lanes: int) -> Any:
                     emit.raise_to(high, scores)
                     emit.lower_to(low, scores)
                     emit.add_to(total, scores)
-                    emit.store(_exp(emit, scores), q_data, builder.add(there, v))
+                    emit.store(exp_vector(emit, scores), q_data, builder.add(there, v))
             values = (emit.lowest(low), emit.highest(high), emit.total(total))
             for i, value in enumerate(values):
                 builder.store(widened(builder, value, wide), builder.gep(f_data, [emit.integer(i)]))
@@ -107,7 +105,7 @@ def _exp_less(lanes: int) -> Any:
             emit = Emit(context, builder, sig.args[0].dtype, lanes)
             data, base = emit.data(sig.args[0], arguments[0]), emit.spread(arguments[1])
             with emit.vectors(arguments[2]) as (v, _):
-                emit.store(_exp(emit, builder.fsub(emit.load(data, v), base)), data, v)
+                emit.store(exp_vector(emit, builder.fsub(emit.load(data, v), base)), data, v)
             return context.get_dummy_value()
 
         return types.void(x, by, size), generate

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.vectors import Emit
 
 LANES = 8
 _BLOCK = 4  # sums that are kept apart, so that one addition need not wait for the last
+
+
+@compiled()
+def aligned(size):  # type: ignore[no-untyped-def]
+    """``size`` doubles from the begin of a cache line: no vector then lies in two."""
+    room = np.empty(size + LANES)
+    skip = -(room.ctypes.data // room.itemsize) % LANES
+    return room[skip : skip + size]
 
 
 def _sum_of_products(emit: Emit, sums: list[Any], x: Any, at: Any, y: Any, after: Any, n: Any) -> None:

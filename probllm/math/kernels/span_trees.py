@@ -19,11 +19,10 @@ import numpy as np
 
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.exponential import exponential, exponentials
-from probllm.math.kernels.lanes import LANES, join, split
+from probllm.math.kernels.lanes import LANES, aligned, join, split
 
 FLOOR, CEILING, LOST = 1e-140, 1e140, 1e-13
 _WIDEST = 600.0  # the greatest |exponent| of a single score
-_SURE = 1e-250  # a sum of exponentials that is no less has lost nothing
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # nothing here is -inf or NaN where sums are reordered
 
 
@@ -33,81 +32,6 @@ def _sum(x, n):  # type: ignore[no-untyped-def]
     for q in range(n):
         total += x[q]
     return total
-
-
-@compiled(fastmath={"nnan", "nsz"})
-def _highest(x):  # type: ignore[no-untyped-def]
-    """The greatest entry, as a double; -inf may be among them."""
-    high = -math.inf
-    for q in range(x.size):
-        v = np.float64(x[q])
-        high = v if v > high else high
-    return high
-
-
-@compiled(fastmath={"contract"})
-def _exponentials_of(x, base, out):  # type: ignore[no-untyped-def]
-    """out = exp(x - base)."""
-    for q in range(x.size):
-        out[q] = exponential(np.float64(x[q]) - base)
-
-
-@compiled()
-def _scaled(x, by, out):  # type: ignore[no-untyped-def]
-    """out = by x."""
-    for q in range(x.size):
-        out[q] = by * x[q]
-
-
-@compiled()
-def _row_of_labels(row, k_all, buffer, totals, bases):  # type: ignore[no-untyped-def]
-    """buffer = exp(row - bases), one base for each span of K scores, and their sums over the span.
-
-    The base is the greatest score of the row; where a span lies too far below it, its own; 0 where all are forbidden.
-    """
-    peak = _highest(row)
-    peak = peak if peak > -math.inf else 0.0
-    _exponentials_of(row, peak, buffer)
-    for j in range(row.size // k_all):
-        own = buffer[j * k_all : (j + 1) * k_all]
-        totals[j], bases[j] = _sum(own, k_all), peak
-        if totals[j] < _SURE:
-            base = _highest(row[j * k_all : (j + 1) * k_all])
-            bases[j] = base if base > -math.inf else 0.0
-            _exponentials_of(row[j * k_all : (j + 1) * k_all], bases[j], own)
-            totals[j] = _sum(own, k_all)
-
-
-@compiled()
-def label_sums(spans, lengths, sums, first, step):  # type: ignore[no-untyped-def]
-    """sums [B, T, T] = log sum over labels of exp(spans [B, T, T K])."""
-    rows, size, width = spans.shape
-    k_all = width // size
-    buffer, totals, bases = np.empty(width), np.empty(size), np.empty(size)
-    for b in range(first, rows, step):
-        n = lengths[b]
-        for i in range(n):
-            _row_of_labels(spans[b, i, i * k_all : n * k_all], k_all, buffer, totals, bases)
-            for j in range(i, n):
-                total = totals[j - i]
-                sums[b, i, j] = bases[j - i] + math.log(total) if total > 0 else -math.inf
-
-
-@compiled()
-def label_gradient(spans, lengths, mass, weights, gradient, first, step):  # type: ignore[no-untyped-def]
-    """gradient [B, T, T K] (0 on entry) = weights [B] mass [B, T, T] P(label | span)."""
-    rows, size, width = spans.shape
-    k_all = width // size
-    buffer, totals, bases = np.empty(width), np.empty(size), np.empty(size)
-    for b in range(first, rows, step):
-        n = lengths[b]
-        for i in range(n):
-            _row_of_labels(spans[b, i, i * k_all : n * k_all], k_all, buffer, totals, bases)
-            for j in range(i, n):
-                by = weights[b] * mass[b, i, j]
-                if by != 0.0:
-                    at = (j - i) * k_all
-                    _scaled(buffer[at : at + k_all], by / totals[j - i], gradient[b, i, j * k_all : (j + 1) * k_all])
 
 
 @compiled(fastmath={"nnan", "nsz"})
@@ -245,8 +169,8 @@ def inside_outside(sums, lengths, order, mode, chart, marginals, log_z, first, s
     """
     size = sums.shape[1]
     volume = size * size * LANES
-    factor, starts, ends = np.empty(volume), np.empty(volume), np.empty(volume)
-    to_starts, to_ends, mass = np.empty(volume), np.empty(volume), np.empty(volume)
+    factor, starts, ends = aligned(volume), aligned(volume), aligned(volume)
+    to_starts, to_ends, mass = aligned(volume), aligned(volume), aligned(volume)
     rows, n = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
     offsets, leasts, shifts = np.empty(LANES), np.empty(LANES), np.empty(LANES)
     raised, over, lost = np.empty(LANES), np.empty(LANES), np.empty(LANES)

@@ -85,6 +85,9 @@ class Emit:
         one = self.builder.insert_element(undefined, value, ir.IntType(32)(0))
         return self.builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), None))
 
+    def constant(self, value: float) -> Any:
+        return ir.Constant(self.vector, [self.scalar(value)] * self.lanes)
+
     def times(self, x: Any, y: Any) -> Any:
         return self.builder.fmul(x, y, flags=("contract",))
 
