@@ -3,7 +3,8 @@
 The CPU's kernels give the values, and torch operations (``probllm.math.gaussian``) their derivatives, of any order. The
 recurrence z_t = z_{t-1} F_t + push_t is its own derivative, run backward in time with F'. Paths given observations x
 are drawn by simulation smoothing (Durbin and Koopman 2002): z* + E[z | x] - E[z | x*] with z* and x* drawn
-from the law itself, where only means depend on the draw and no covariance is factored.
+from the law itself, where only means depend on the draw and no covariance is factored. Where nobody asks for
+derivatives, one kernel makes the paths from the noise.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from probllm.math import gaussian_passes as passes
 from probllm.math.gaussian import filtered, flatten, smoothed
 from probllm.math.gaussian_scan import scan
 from probllm.math.gaussian_steps import Chain, Smoothed, blank, seen_entries
-from probllm.math.recursion import fold
+from probllm.math.recursion import fold, in_transform
 from probllm.math.untraced import untraced
 
 Scores = tuple[Tensor, ...]
@@ -48,6 +49,51 @@ def smooth_means(chain: Chain, lengths: Tensor | None, observed: Tensor | None) 
     """Means ``[..., T, d]`` of the states given all observations, float64; 0 on padding."""
     flat, sizes, shape = flatten(chain, lengths, observed)
     return _shaped(_found(_means_kernel, _means_twin, flat, sizes)[0], shape)
+
+
+def has_kernel(*inputs: Tensor) -> bool:
+    """Whether ``paths`` may be called for these: values are on the CPU, and nobody asks for their derivatives."""
+    if in_transform(*inputs) or any(x.device.type != "cpu" for x in inputs):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+
+
+@untraced
+def paths(
+    chain: Chain,
+    lengths: Tensor | None,
+    observed: Tensor | None,
+    start: Tensor,
+    moves: tuple[Tensor, Tensor],
+    errors: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Paths ``[..., T, d]`` given the chain's observations, in the dtype of the noise, 0 on padding; no derivatives.
+
+    Args:
+        start: ``[..., d]``: draws of z_1 from the law itself, less its mean.
+        moves: standard normal numbers ``[..., T - 1, k]`` and their root ``[..., S, k, d]``, root' root being the
+            noise; with T numbers the first is not used.
+        errors: the same for the observations: ``[..., T, l]``, ``[..., S, l, o]``.
+    """
+    shape, steps = start.shape[:-1], chain.value.shape[-2]
+    leads = [x.shape[:-3] for x in (moves[1], errors[1])]
+    value = chain.value.expand(*torch.broadcast_shapes(chain.value.shape[:-2], *leads), *chain.value.shape[-2:])
+    flat, sizes, own = flatten(chain._replace(value=value), lengths, observed)
+    rows = torch.arange(len(sizes)).view(own).expand(shape).reshape(-1)
+    if not len(rows):
+        return start.new_zeros(*shape, steps, start.shape[-1])
+
+    def drawn(numbers: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = numbers.dtype if numbers.dtype == torch.float32 else torch.float64
+        shared = root.shape[:-3].numel() == 1
+        spread = root if shared else root.expand(*own, *root.shape[-3:])
+        return (
+            numbers.to(dtype).reshape(len(rows), *numbers.shape[-2:]),
+            spread.reshape(1 if shared else len(sizes), *root.shape[-3:]),
+        )
+
+    found = passes.paths(flat, sizes, rows.numpy(), start.reshape(len(rows), -1), drawn(*moves), drawn(*errors))
+    return found.view(*shape, steps, -1)
 
 
 @untraced
