@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.structure import expanded
-from probllm.math.gaussian_paths import has_kernel, paths, smooth, smooth_means
+from probllm.math.gaussian_paths import paths, smooth
 from probllm.math.gaussian_steps import Smoothed, normal_log_density
 
 if TYPE_CHECKING:
@@ -88,17 +88,8 @@ class GaussianPaths(TorchDistribution):  # type: ignore[misc]
         law = self._law
         p, chain = law.parameters, law._chain(self._value)
         white = law._white(torch.Size((*sample_shape, *self.batch_shape)), self.event_shape[0])
-        if has_kernel(*white, *chain, p.initial_noise(), p.noise_root, p.error_root):
-            moves, errors = (white.moves, p.noise_root), (white.errors, p.error_root)
-            return paths(chain, law.lengths, self._entries, p.first_push(white), moves, errors).to(law._dtype)
-        states, values = p.unrolled(white)
-        still = chain._replace(
-            value=chain.value - values,
-            mean=torch.zeros_like(chain.mean),
-            drift=torch.zeros_like(chain.drift),
-            offset=torch.zeros_like(chain.offset),
-        )
-        return law._padded(states + smooth_means(still, law.lengths, self._entries)).to(law._dtype)
+        moves, errors = (white.moves, p.noise_root), (white.errors, p.error_root)
+        return paths(chain, law.lengths, self._entries, p.first_push(white), moves, errors).to(law._dtype)
 
     def entropy(self) -> Tensor:
         """Entropy ``[*batch]`` in nats, H(z) + H(x | z) - H(x); -inf where a noise is singular."""
