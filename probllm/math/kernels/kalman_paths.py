@@ -17,7 +17,7 @@ import numpy as np
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.kalman import FAST, add_combined, copy, fill, product
 
-TILE = 8  # steps of noise and paths that are turned at once: a few cache lines of each draw
+TILE = 16  # steps of noise and paths that are turned at once: whole cache lines of each draw
 
 
 @compiled()
