@@ -304,7 +304,12 @@ def drawn(case: Case, samples: int, spare: bool, dtype: torch.dtype) -> tuple[Te
 
 @given(cases(longest=20), st.integers(1, 7), st.booleans())
 def test_paths_are_the_story_less_its_smoothed_mean(case: Case, samples: int, spare: bool) -> None:
-    torch.testing.assert_close(*drawn(case, samples, spare, torch.float64), rtol=1e-8, atol=1e-8)
+    found, expected = drawn(case, samples, spare, torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    differentiable = case[0]._replace(mean=case[0].mean.clone().requires_grad_())
+    found, _ = drawn((differentiable, *case[1:]), samples, spare, torch.float64)
+    assert found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_paths_from_narrow_noise_are_narrow() -> None:
