@@ -391,6 +391,57 @@ def kalman_rows() -> Iterator[Row]:
             "ours": ours, "Pyro": pyro_ssm, "dynamax": dynamax,
         })  # fmt: skip
 
+    b, t, d, o = 32, 128, 4, 2
+    f, h = 0.5 * torch.eye(d) + 0.1 * torch.randn(d, d), torch.randn(d, o)
+    y = torch.randn(b, t, o)
+
+    def ours_law() -> Any:
+        import pyro.distributions as dist
+
+        states, errors = (dist.Normal(torch.zeros(n), torch.ones(n)).to_event(1) for n in (d, o))
+        return LinearGaussianSSM(states, f, states, h, errors)
+
+    def ours_means() -> Call:
+        law = ours_law()
+        return lambda: law.posterior(y).mean
+
+    def ours_paths() -> Call:
+        law = ours_law()
+        return lambda: law.posterior(y).sample((16,))
+
+    def dynamax_law() -> tuple[Any, Any]:
+        """The parameters, and the observations."""
+        jnp = dynamax_ready().numpy
+        from dynamax.linear_gaussian_ssm import LinearGaussianSSM as Peer
+
+        parameters, _ = Peer(d, o).initialize(
+            dynamics_weights=jnp.array(f.numpy().T), dynamics_covariance=jnp.eye(d),
+            emission_weights=jnp.array(h.numpy().T), emission_covariance=jnp.eye(o),
+        )  # fmt: skip
+        return parameters, jnp.array(y.numpy())
+
+    def dynamax_means() -> Call:
+        jax = dynamax_ready()
+        from dynamax.linear_gaussian_ssm import lgssm_smoother
+
+        parameters, data = dynamax_law()
+        smooth = jax.jit(jax.vmap(lambda x: lgssm_smoother(parameters, x).smoothed_means))
+        return lambda: jax.block_until_ready(smooth(data))
+
+    def dynamax_paths() -> Call:
+        jax = dynamax_ready()
+        from dynamax.linear_gaussian_ssm import lgssm_posterior_sample
+
+        parameters, data = dynamax_law()
+        one = jax.vmap(lambda key, x: lgssm_posterior_sample(key, parameters, x))
+        draw = jax.jit(jax.vmap(one, (0, None)))  # twice as fast as with the draws inside
+        keys = jax.random.split(jax.random.PRNGKey(3), (16, b))
+        return lambda: jax.block_until_ready(draw(keys, data))
+
+    size = f"B{b} T{t} D{d} O{o}"
+    yield Row("Kalman: smoothed means", size, {"ours": ours_means, "dynamax": dynamax_means})
+    yield Row("Kalman: 16 posterior paths a row", size, {"ours": ours_paths, "dynamax": dynamax_paths})
+
 
 def dynamax_ready() -> Any:
     """jax, with a name that tensorflow-probability still looks for and new versions of jax have moved."""

@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from probllm.math.chain import is_wrapped
-from probllm.math.gaussian_steps import Chain, root
+from probllm.math.gaussian_paths import recurrence
+from probllm.math.gaussian_steps import Chain, apply, root
+
+
+class White(NamedTuple):
+    """Standard normal numbers of a batch of states and observations."""
+
+    initial: Tensor  # [..., k]
+    moves: Tensor  # [..., T or T - 1, k]: T where a move is made first
+    errors: Tensor  # [..., T, k]
 
 
 class Parameters(NamedTuple):
@@ -80,6 +89,36 @@ class Parameters(NamedTuple):
     def initial_noise(self) -> Tensor:
         """The root of the initial covariance."""
         return root(self.covariance) if self.initial_root is None else self.initial_root
+
+    def white(self, shape: torch.Size, steps: int, dtype: torch.dtype) -> White:
+        """What a batch of this shape is drawn from."""
+
+        def numbers(root: Tensor, *lead: int) -> Tensor:
+            return torch.randn(*shape, *lead, root.shape[-2], dtype=dtype, device=root.device)
+
+        moves = steps if self.moves_first else steps - 1
+        first = self.initial_noise()
+        return White(numbers(first), numbers(self.noise_root, moves), numbers(self.error_root, steps))
+
+    def first_push(self, white: White) -> Tensor:
+        """z_1 ``[..., d]`` less its mean."""
+        push = apply(white.initial.double(), self.initial_noise())
+        if not self.moves_first:
+            return push
+        move, noise = self.transition[..., 0, :, :], self.noise_root[..., 0, :, :]
+        return apply(push, move) + apply(white.moves[..., 0, :].double(), noise)
+
+    def unrolled(self, white: White) -> tuple[Tensor, Tensor]:
+        """States ``[..., T, d]`` and observations ``[..., T, o]`` by the generative story, float64."""
+        start = self.mean + apply(white.initial.double(), self.initial_noise())
+        pushes = self.drift + apply(white.moves.double(), self.noise_root)
+        moves = self.transition
+        if self.moves_first:
+            start = apply(start, moves[..., 0, :, :]) + pushes[..., 0, :]
+            pushes = pushes[..., 1:, :]
+            moves = moves if moves.shape[-3] == 1 else moves[..., 1:, :, :]
+        states = recurrence(moves, torch.cat((start.unsqueeze(-2), pushes), -2))
+        return states, apply(states, self.emission) + self.offset + apply(white.errors.double(), self.error_root)
 
 
 def _cut(x: Tensor, dims: int, start: int, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from probllm.distributions.structure import expanded
-from probllm.math.gaussian_paths import smooth, smooth_means
+from probllm.math.gaussian_paths import paths, smooth, smooth_means
 from probllm.math.gaussian_steps import Smoothed, normal_log_density
 
 if TYPE_CHECKING:
@@ -39,12 +40,15 @@ class GaussianPaths(TorchDistribution):  # type: ignore[misc]
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         return expanded(self, batch_shape, _instance)
 
-    def _moments(self) -> Smoothed:
-        found, with_gradients = self._kept.get("moments", (None, False))
+    def _once(self, name: str, find: Callable[..., Any]) -> Any:
+        found, with_gradients = self._kept.get(name, (None, False))
         if found is None or (torch.is_grad_enabled() and not with_gradients):
-            found = smooth(self._law._chain(self._value), self._law.lengths, self._entries)
-            self._kept["moments"] = (found, torch.is_grad_enabled())
-        return found  # type: ignore[no-any-return]
+            found = find(self._law._chain(self._value), self._law.lengths, self._entries)
+            self._kept[name] = (found, torch.is_grad_enabled())
+        return found
+
+    def _moments(self) -> Smoothed:
+        return self._once("moments", smooth)  # type: ignore[no-any-return]
 
     def _grown(self, x: Tensor, dims: int) -> Tensor:
         return x.expand(self.batch_shape + x.shape[x.dim() - dims :]).to(self._law._dtype)
@@ -52,7 +56,8 @@ class GaussianPaths(TorchDistribution):  # type: ignore[misc]
     @property
     def mean(self) -> Tensor:
         """``[*batch, T, d]``, the smoothed states; also the mode."""
-        return self._grown(self._moments().mean, 2)
+        known = "moments" in self._kept
+        return self._grown(self._moments().mean if known else self._once("mean", smooth_means), 2)
 
     @property
     def mode(self) -> Tensor:
@@ -85,15 +90,11 @@ class GaussianPaths(TorchDistribution):  # type: ignore[misc]
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Exact paths ``[*sample_shape, *batch, T, d]``, differentiable in parameters and observations."""
-        law, shape = self._law, torch.Size((*sample_shape, *self.batch_shape))
-        states, values = law._draw(shape, self.event_shape[0])
-        chain = law._chain(self._value.double() - values)
-        still = chain._replace(
-            mean=torch.zeros_like(chain.mean),
-            drift=torch.zeros_like(chain.drift),
-            offset=torch.zeros_like(chain.offset),
-        )
-        return law._padded(states + smooth_means(still, law.lengths, self._entries)).to(law._dtype)
+        law = self._law
+        p, chain = law.parameters, law._chain(self._value)
+        white = law._white(torch.Size((*sample_shape, *self.batch_shape)), self.event_shape[0])
+        moves, errors = (white.moves, p.noise_root), (white.errors, p.error_root)
+        return paths(chain, law.lengths, self._entries, p.first_push(white), moves, errors).to(law._dtype)
 
     def entropy(self) -> Tensor:
         """Entropy ``[*batch]`` in nats, H(z) + H(x | z) - H(x); -inf where a noise is singular."""

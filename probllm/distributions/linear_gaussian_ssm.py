@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
 from probllm.distributions.gaussian_learning import GaussianLearning
-from probllm.distributions.gaussian_parameters import Parameters, read
+from probllm.distributions.gaussian_parameters import Parameters, White, read
 from probllm.distributions.gaussian_paths import GaussianPaths
 from probllm.distributions.gaussian_streaming import GaussianStreaming, State, observed_entries
 from probllm.distributions.structure import expanded
@@ -206,35 +206,23 @@ class LinearGaussianSSM(GaussianStreaming, GaussianLearning, TorchDistribution):
 
     # ---- samples and moments
 
-    def _draw(self, shape: torch.Size, steps: int) -> tuple[Tensor, Tensor]:
-        """States and observations of a batch of this shape, float64."""
-        p = self.parameters
+    def _white(self, shape: torch.Size, steps: int) -> White:
+        return self.parameters.white(shape, steps, self._dtype)
 
-        def noise(root: Tensor, *lead: int) -> Tensor:
-            white = torch.randn(*shape, *lead, root.shape[-2], dtype=self._dtype, device=root.device)
-            return apply(white.double(), root)
-
-        start = p.mean + noise(p.initial_noise())
-        pushes = p.drift + noise(p.noise_root, steps if p.moves_first else steps - 1)
-        moves = p.transition
-        if p.moves_first:
-            start = apply(start, moves[..., 0, :, :]) + pushes[..., 0, :]
-            pushes = pushes[..., 1:, :]
-            moves = moves if moves.shape[-3] == 1 else moves[..., 1:, :, :]
-        states = gaussian_paths.recurrence(moves, torch.cat((start.unsqueeze(-2), pushes), -2))
-        return states, apply(states, p.emission) + p.offset + noise(p.error_root, steps)
+    def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor]:
+        """States and observations, float64."""
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        return self.parameters.unrolled(self._white(shape, self._duration()))
 
     def sample_joint(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """Exact samples: states ``[*sample, *batch, T, d]``, observations ``[*sample, *batch, T, o]``; 0 on padding."""
         with torch.no_grad():
-            drawn = self._draw(torch.Size((*sample_shape, *self.batch_shape)), self._duration())
-            states, values = (self._padded(x).to(self._dtype) for x in drawn)
+            states, values = (self._padded(x).to(self._dtype) for x in self._draw(sample_shape))
             return states, values
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Observations ``[*sample_shape, *batch, T, o]``, differentiable in the parameters; 0 on padding."""
-        drawn = self._draw(torch.Size((*sample_shape, *self.batch_shape)), self._duration())
-        return self._padded(drawn[1]).to(self._dtype)
+        return self._padded(self._draw(sample_shape)[1]).to(self._dtype)
 
     @property
     def mean(self) -> Tensor:

@@ -94,7 +94,7 @@ def filtered(chain: Chain, seen: Tensor | None) -> Filtered:
     """The filter in torch operations, for any leading dimensions; ``seen`` is ``[..., T, o]`` bool."""
     chain = wide(chain)
     steps = chain.value.shape[-2]
-    if steps >= SCAN_FROM and not is_wrapped(chain.value) and gaussian_scan.is_regular(chain, seen):
+    if steps >= SCAN_FROM and not any(map(is_wrapped, chain)) and gaussian_scan.is_regular(chain, seen):
         mean, covariance = gaussian_scan.filtered_moments(chain, seen)
         before = gaussian_scan.predicted_moments(chain, mean, covariance)
         found = update(*before, chain.value, chain.emission, chain.offset, chain.error, seen)

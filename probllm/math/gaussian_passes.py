@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probllm.math.kernels import kalman, kalman_adjoint
+from probllm.math import room
+from probllm.math.kernels import kalman, kalman_adjoint, kalman_paths
 from probllm.math.kernels.threads import SMALL, run_shares
 
 LARGEST_BLOCK = 64  # rows: what a block works on should stay in the first cache
+LARGEST_DRAWS = 128  # draws of a block of paths, whose kernel does more calls a step
 
 Array = Any  # numpy.ndarray[..., float64]
 
@@ -71,19 +73,13 @@ def filter_rows(scores: tuple[Tensor, ...], sizes: Tensor, by_length: bool = Fal
     else:
         seen = np.zeros((0, 0, 0), bool)
     group = _groups([x for x in parameters if len(x) > 1], seen, lengths if by_length else None, n_rows)
-    if group is None:
-        order, rows, bounds = np.arange(n_rows), np.zeros(1, np.int64), [(0, n_rows)]
-    else:
-        order = np.argsort(group, kind="stable")
-        starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-        rows, bounds = order[starts], list(zip(starts, [*starts[1:], n_rows], strict=True))
-    threads = torch.get_num_threads()
+    order, bounds = _sorted(group, n_rows)
+    rows = order[[lo for lo, _ in bounds]]
     cost = n_rows * steps * (2.0 * d * (d + 2 * o) + 2 * o * o) * 0.3 + steps * 300
-    width = min(LARGEST_BLOCK, -(-n_rows // threads)) if cost > SMALL else LARGEST_BLOCK
+    width = _width(n_rows, cost, LARGEST_BLOCK)
     if alone and any(len(x) > 1 for x in parameters):
         width = 1
-    cuts = [(at, min(at + width, hi), g) for g, (lo, hi) in enumerate(bounds) for at in range(lo, hi, width)]
-    blocks = np.array(cuts, np.int64)
+    blocks = _blocks(bounds, width)
     group_steps = np.array([lengths[order[lo:hi]].max() for lo, hi in bounds])
     groups = len(rows)
     covariance, gain = np.empty((groups, steps, d, d)), np.empty((groups, steps, o, d))
@@ -136,13 +132,7 @@ def smooth(scores: tuple[Tensor, ...], sizes: Tensor, covariances: bool) -> tupl
     run = filter_rows(scores, sizes, by_length=covariances)
     transition, emission = run.parameters[2], run.parameters[5]
     (rows, steps), d = run.log_p.shape, emission.shape[2]
-    smoothed = np.empty((rows, steps, d))
-    arguments: tuple[Any, ...] = (
-        transition, emission, run.order, run.lengths, run.rows, run.blocks, run.covariance, run.gain, run.filtered,
-        run.scaled, smoothed,
-    )  # fmt: skip
-    run_shares(kalman_adjoint.smooth_means, arguments, len(run.blocks), run.cost)
-    mean = torch.from_numpy(smoothed)
+    mean = torch.from_numpy(_smoothed(run))
     if not covariances:
         return mean, mean.new_zeros(rows, 0, d, d), mean.new_zeros(rows, 0, d, d)
     groups = len(run.rows)
@@ -150,6 +140,57 @@ def smooth(scores: tuple[Tensor, ...], sizes: Tensor, covariances: bool) -> tupl
     arguments = (transition, emission, run.rows, run.steps, run.covariance, run.gain, run.inverse, spread, cross)
     run_shares(kalman_adjoint.smooth_covariances, arguments, groups, float(run.steps.sum()) * (d**3 * 10 + 500))
     return mean, _by_row(run, spread), _by_row(run, cross)
+
+
+def _smoothed(run: Pass) -> Array:
+    """Smoothed means ``[B, T, d]``."""
+    transition, emission = run.parameters[2], run.parameters[5]
+    smoothed = np.empty((*run.log_p.shape, emission.shape[2]))
+    arguments = (
+        transition, emission, run.order, run.lengths, run.rows, run.blocks, run.covariance, run.gain, run.filtered,
+        run.scaled, smoothed,
+    )  # fmt: skip
+    run_shares(kalman_adjoint.smooth_means, arguments, len(run.blocks), run.cost)
+    return smoothed
+
+
+def paths(
+    scores: tuple[Tensor, ...],
+    sizes: Tensor,
+    row_of: Array,
+    start: Tensor,
+    moves: tuple[Tensor, Tensor],
+    errors: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Paths ``[N, T, d]`` given the observations of row ``row_of [N]``, 0 on padding, in the dtype of the noise.
+
+    Args:
+        start: ``[N, d]``: z_1 of the law itself less its mean.
+        moves: standard normal numbers ``[N, T - 1 or T, k]`` (of T the first is not used) and their root
+            ``[B or 1, ., k, d]``.
+        errors: the same for the observations: ``[N, T, l]``, ``[B or 1, ., l, o]``.
+    """
+    run = filter_rows(scores, sizes)
+    (_, steps), (o, d), groups, draws = run.log_p.shape, run.gain.shape[2:], len(run.rows), len(row_of)
+    (w, v), roots = (x.contiguous().numpy() for x in (moves[0], errors[0])), [_array(moves[1]), _array(errors[1])]
+    sizes_of_maps = (d, d + o), (w.shape[2], d + o), (v.shape[2], d + o), (d, d), (o, d)
+    maps = [room.empty((groups, steps, *size)) for size in sizes_of_maps]
+    work = sum(n * m for n, m in sizes_of_maps)
+    arguments: tuple[Any, ...] = (
+        run.parameters[2], run.parameters[5], *roots, w.shape[1] - steps, run.rows, run.steps, run.gain, run.inverse,
+        *maps,
+    )  # fmt: skip
+    run_shares(kalman_paths.path_maps, arguments, groups, float(run.steps.sum()) * (work * d + 500) * 0.7)
+    order, bounds = _sorted(None if run.group is None else run.group[row_of], draws)
+    cost = draws * steps * (work + d * d + 4.0 * (w.shape[2] + v.shape[2] + d)) * 0.1
+    blocks, out = _blocks(bounds, _width(draws, cost, LARGEST_DRAWS)), room.empty((draws, steps, d), v.dtype)
+    flat = (x.reshape(len(x), -1) if x.size else np.zeros((len(x), 0), x.dtype) for x in (w, v))
+    arguments = (
+        *maps, run.covariance, _array(start), *flat, order, row_of, run.lengths, blocks,
+        _smoothed(run).reshape(-1, steps * d), out.reshape(draws, -1),
+    )  # fmt: skip
+    run_shares(kalman_paths.paths, arguments, len(blocks), cost)
+    return torch.from_numpy(out)
 
 
 def filtered(scores: tuple[Tensor, ...], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,6 +210,25 @@ def recurrence(transition: Tensor, pushes: Tensor) -> Tensor:
     arguments = (_array(transition), _array(pushes), states)
     run_shares(kalman_adjoint.recurrence, arguments, len(pushes), states.size * pushes.shape[-1] * 0.5)
     return torch.from_numpy(states)
+
+
+def _sorted(group: Array | None, rows: int) -> tuple[Array, list[tuple[int, int]]]:
+    """The rows in the order of their groups, and where each group begins and ends."""
+    if group is None:
+        return np.arange(rows), [(0, rows)]
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    return order, list(zip(starts, [*starts[1:], rows], strict=True))
+
+
+def _width(rows: int, nanoseconds: float, most: int) -> int:
+    """Rows of a block, at most."""
+    return min(most, -(-rows // torch.get_num_threads())) if nanoseconds > SMALL else most
+
+
+def _blocks(bounds: list[tuple[int, int]], width: int) -> Array:
+    cuts = [(at, min(at + width, hi), g) for g, (lo, hi) in enumerate(bounds) for at in range(lo, hi, width)]
+    return np.array(cuts, np.int64).reshape(-1, 3)
 
 
 def _by_row(run: Pass, x: Array) -> Tensor:

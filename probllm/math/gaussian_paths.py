@@ -3,7 +3,8 @@
 The CPU's kernels give the values, and torch operations (``probllm.math.gaussian``) their derivatives, of any order. The
 recurrence z_t = z_{t-1} F_t + push_t is its own derivative, run backward in time with F'. Paths given observations x
 are drawn by simulation smoothing (Durbin and Koopman 2002): z* + E[z | x] - E[z | x*] with z* and x* drawn
-from the law itself, where only means depend on the draw and no covariance is factored.
+from the law itself, where only means depend on the draw and no covariance is factored. That sum is E[z | x] in a law
+whose means have the noise of the draw in them, from one pass each way.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from probllm.math import gaussian_passes as passes
 from probllm.math.gaussian import filtered, flatten, smoothed
 from probllm.math.gaussian_scan import scan
 from probllm.math.gaussian_steps import Chain, Smoothed, blank, seen_entries
-from probllm.math.recursion import fold
+from probllm.math.recursion import fold, in_transform
 from probllm.math.untraced import untraced
 
 Scores = tuple[Tensor, ...]
+Noise = tuple[Tensor, Tensor]  # standard normal numbers and their root
 
 
 @untraced
@@ -51,6 +53,107 @@ def smooth_means(chain: Chain, lengths: Tensor | None, observed: Tensor | None) 
 
 
 @untraced
+def paths(
+    chain: Chain,
+    lengths: Tensor | None,
+    observed: Tensor | None,
+    start: Tensor,
+    moves: Noise,
+    errors: Noise,
+) -> Tensor:
+    """Paths ``[..., T, d]`` given the chain's observations, 0 on padding; in the noise's dtype, float64 if not float32.
+
+    Differentiable to any order. Draws may have dimensions before those of the chain.
+
+    Args:
+        start: ``[..., d]``: draws of z_1 from the law itself, less its mean.
+        moves: standard normal numbers ``[..., T - 1, k]`` and their root ``[..., S, k, d]``, root' root being the
+            noise; with T numbers the first is not used.
+        errors: the same for the observations: ``[..., T, l]``, ``[..., S, l, o]``.
+    """
+    inputs = (*chain, start, *moves, *errors)
+    derived = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if derived or in_transform(*inputs) or start.device.type != "cpu":
+        found = _paths_twin(chain, lengths, observed, start, moves, errors)
+    else:
+        found = _paths_kernel(chain, lengths, observed, start, moves, errors)
+    return found.float() if moves[0].dtype == torch.float32 else found
+
+
+def _paths_kernel(
+    chain: Chain, lengths: Tensor | None, observed: Tensor | None, start: Tensor, moves: Noise, errors: Noise
+) -> Tensor:
+    shape, steps = start.shape[:-1], chain.value.shape[-2]
+    leads = [x.shape[:-3] for x in (moves[1], errors[1])]
+    value = chain.value.expand(*torch.broadcast_shapes(chain.value.shape[:-2], *leads), *chain.value.shape[-2:])
+    flat, sizes, own = flatten(chain._replace(value=value), lengths, observed)
+    rows = torch.arange(len(sizes)).view(own).expand(shape).reshape(-1)
+    if not len(rows):
+        return start.new_zeros(*shape, steps, start.shape[-1])
+
+    def drawn(numbers: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = numbers.dtype if numbers.dtype == torch.float32 else torch.float64
+        shared = root.shape[:-3].numel() == 1
+        spread = root if shared else root.expand(*own, *root.shape[-3:])
+        return (
+            numbers.to(dtype).reshape(len(rows), *numbers.shape[-2:]),
+            spread.reshape(1 if shared else len(sizes), *root.shape[-3:]),
+        )
+
+    found = passes.paths(flat, sizes, rows.numpy(), start.reshape(len(rows), -1), drawn(*moves), drawn(*errors))
+    return found.view(*shape, steps, -1)
+
+
+def _paths_twin(
+    chain: Chain, lengths: Tensor | None, observed: Tensor | None, start: Tensor, moves: Noise, errors: Noise
+) -> Tensor:
+    """The smoothed means where the drift has the noise w and the values lack v; covariances depend on neither."""
+    steps, width = chain.value.shape[-2:]
+    seen = None if observed is None else observed.expand(*observed.shape[:-2], steps, width)
+    real = None if lengths is None else (torch.arange(steps, device=start.device) < lengths.unsqueeze(-1)).unsqueeze(-1)
+    if real is not None:
+        seen = real.expand(*real.shape[:-1], width) if seen is None else real & seen
+    zero = torch.zeros((), dtype=torch.float64, device=start.device)
+    nothing = zero.expand(steps, width), zero.expand(start.shape[-1]), zero.expand(1, start.shape[-1])
+    still = chain._replace(value=nothing[0], mean=nothing[1], drift=nothing[2], offset=zero.expand(1, width))
+    law = filtered(still, seen)
+    numbers, spread = moves
+    if numbers.shape[-2] == steps:
+        numbers, spread = numbers[..., 1:, :], _later(spread)
+    first = (chain.mean + start).unsqueeze(-2)
+    drift = chain.drift + _times(numbers.double(), spread)
+    drift = drift.expand(*start.shape[:-1], steps - 1, -1)
+    value = chain.value.double() - chain.offset - _times(errors[0].double(), errors[1])
+    if seen is not None:
+        value = torch.where(seen, value, zero)
+    f, h = chain.transition.double(), chain.emission.double()
+    keep = torch.eye(h.shape[-2], dtype=h.dtype, device=h.device) - h @ law.gain  # A
+    onward = f @ keep[..., 1:, :, :]
+    entering = torch.cat((first, drift), -2)
+    mean = recurrence(onward, _times(entering, keep) + _times(value, law.gain))
+    before = entering + torch.cat((torch.zeros_like(first), _times(mean[..., :-1, :], f)), -2)
+    scaled = _times(value - _times(before, h), law.inverse)  # e
+    told = _times(scaled[..., 1:, :], (f @ _later(h)).mT).flip(-2)
+    r = recurrence(onward.mT.flip(-3), torch.cat((torch.zeros_like(first), told), -2)).flip(-2)
+    path = mean + _times(r, law.covariance)
+    return path if real is None else torch.where(real, path, zero)
+
+
+def _later(x: Tensor) -> Tensor:
+    """The steps after the first of ``[..., S, n, m]``, where S is not 1."""
+    return x if x.shape[-3] == 1 else x[..., 1:, :, :]
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """Row vectors ``[..., T, n]`` times matrices ``[..., T or 1, n, m]``; what x has before counts as rows of one."""
+    more = x.dim() + 1 - matrix.dim()
+    if more <= 0:
+        return (x.unsqueeze(-2) @ matrix).squeeze(-2)
+    found = torch.einsum("s...tn,...tnm->s...tm", x.flatten(0, more - 1), matrix)
+    return found.reshape(*x.shape[:more], *found.shape[1:])
+
+
+@untraced
 def recurrence(transition: Tensor, pushes: Tensor) -> Tensor:
     """z_1 = pushes_1, z_t = z_{t-1} F_t + pushes_t as ``[..., T, d]``, float64; differentiable to any order.
 
@@ -59,11 +162,12 @@ def recurrence(transition: Tensor, pushes: Tensor) -> Tensor:
         pushes: ``[..., T, d]``.
     """
     shape = torch.broadcast_shapes(transition.shape[:-3], pushes.shape[:-2])
-    flat = pushes.double().expand(*shape, *pushes.shape[-2:]).reshape(-1, *pushes.shape[-2:])
+    rows = shape.numel()
+    flat = pushes.double().expand(*shape, *pushes.shape[-2:]).reshape(rows, *pushes.shape[-2:])
     if transition.shape[:-3].numel() == 1:
         moves = transition.double().reshape(1, *transition.shape[-3:])
     else:
-        moves = transition.double().expand(*shape, *transition.shape[-3:]).reshape(-1, *transition.shape[-3:])
+        moves = transition.double().expand(*shape, *transition.shape[-3:]).reshape(rows, *transition.shape[-3:])
     if flat.device.type != "cpu":
         return _recurrence_twin(moves, flat).view(*shape, *pushes.shape[-2:])
     states: Tensor = _Recurrence.apply(moves, flat)  # type: ignore[no-untyped-call]
@@ -97,10 +201,10 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         transition, states = ctx.saved_tensors
         back: Tensor = _Recurrence.apply(transition.mT.flip(1), grad.flip(1)).flip(1)  # type: ignore[no-untyped-call]
-        moves = states[:, :-1].unsqueeze(-1) * back[:, 1:].unsqueeze(-2)  # [B, T - 1, d, d]
-        if transition.shape[1] != moves.shape[1]:
-            moves = moves.sum(1, keepdim=True)
-        return (moves.sum(0, keepdim=True) if transition.shape[0] != moves.shape[0] else moves), back
+        own = "b" if transition.shape[0] == states.shape[0] else ""
+        moves = torch.einsum(f"btn,btm->{own}tnm", states[:, :-1], back[:, 1:])
+        moves = moves if own else moves.unsqueeze(0)
+        return (moves if transition.shape[1] == moves.shape[1] else moves.sum(1, keepdim=True)), back
 
     @staticmethod
     def jvp(ctx: Any, along: Tensor | None, pushed: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ def log_partition(recursion: Recursion, scores: tuple[Tensor, ...], lengths: Ten
     """
     if recursion.forward is None or scores[0].device.type != "cpu":
         return recursion.twin(scores, lengths)
-    if _in_transform(lengths, *scores):
+    if in_transform(lengths, *scores):
         result: Tensor = _LogPartition.apply(recursion, lengths, [], *scores)  # type: ignore[no-untyped-call]
         return result
     if torch.is_grad_enabled() and any(x.requires_grad for x in scores):
@@ -59,7 +59,7 @@ def log_partition(recursion: Recursion, scores: tuple[Tensor, ...], lengths: Ten
     return recursion.forward(tuple(x.detach() for x in scores), lengths, False)[0]
 
 
-def _in_transform(*inputs: Tensor) -> bool:
+def in_transform(*inputs: Tensor) -> bool:
     """Whether a torch.func transform or forward mode is at work."""
     return forward_ad._current_level >= 0 or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs)
 

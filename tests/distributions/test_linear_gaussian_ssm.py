@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -160,6 +161,64 @@ def test_gradients_of_posterior_paths_are_those_of_the_posterior_mean() -> None:
     found = torch.autograd.grad((posterior.rsample((20_000,)).mean(0) * weights).sum(), parts)
     for a, b in zip(exact, found, strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+@settings(max_examples=30)
+@given(cases(), st.sampled_from([torch.float32, torch.float64]))
+def test_paths_are_the_same_whether_or_not_they_are_differentiated(case: Case, dtype: torch.dtype) -> None:
+    law, batch = case.law.expand((2, *case.lengths.shape)), case.lengths.shape
+    law._dtype = dtype
+    value = torch.where(case.seen, case.value, math.nan).requires_grad_()
+    drawn = []
+    for observed in (case.observed, case.seen):
+        posterior = law.posterior(value, observed)
+        for draw in (posterior.rsample, posterior.sample):
+            torch.manual_seed(0)
+            drawn.append(draw((3,)))
+    assert [x.requires_grad for x in drawn] == [True, False, True, False]
+    tolerance = {"rtol": 1e-8, "atol": 1e-8} if dtype == torch.float64 else {}
+    for found in drawn:
+        assert found.shape == (3, 2, *batch, *posterior.event_shape)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, drawn[0], **tolerance)
+    assert posterior.sample((0,)).shape == (0, *posterior.batch_shape, *posterior.event_shape)
+
+
+@settings(max_examples=8)
+@given(cases())
+def test_derivatives_of_paths_agree_with_differences(case: Case) -> None:
+    def paths(value: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return case.law.posterior(value, case.observed).rsample((2,))
+
+    assert torch.autograd.gradcheck(paths, case.value.clone().requires_grad_(), fast_mode=True)
+    parts, law = learnable()
+    value = torch.randn(3, 4, 2, dtype=torch.float64)
+
+    def of_parameters(*given: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return law(*given).posterior(value).rsample((2,))
+
+    assert torch.autograd.gradcheck(of_parameters, tuple(parts), fast_mode=True)
+
+
+def test_transforms_take_paths_through() -> None:
+    law, value, observed = shared_case(steps=5, rows=3)
+
+    def path(x: Tensor, seen: Tensor) -> Tensor:
+        return law.posterior(x, seen).rsample()
+
+    def seeded(function: Any, *given: Any) -> Any:
+        torch.manual_seed(0)
+        return function(*given)
+
+    one = [seeded(path, x, seen) for x, seen in zip(value, observed, strict=True)]
+    mapped = seeded(torch.func.vmap(path, randomness="same"), value, observed)
+    torch.testing.assert_close(mapped, torch.stack(one))
+    step = torch.randn_like(value)
+    moved = seeded(torch.func.jvp, lambda x: path(x, observed), (value,), (step,))
+    torch.testing.assert_close(moved[0], seeded(path, value, observed))
+    torch.testing.assert_close(moved[1], seeded(path, value + step, observed) - moved[0])  # paths are linear in x
 
 
 def test_every_statistic_is_differentiable_in_the_parameters() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from probllm.math import gaussian, gaussian_passes, gaussian_scan
 from probllm.math.gaussian import KALMAN, flatten, log_prob, smoothed
-from probllm.math.gaussian_paths import filter_moments, recurrence, smooth, smooth_means
-from probllm.math.gaussian_steps import EVENT_DIMS, Chain, root, seen_entries
+from probllm.math.gaussian_paths import filter_moments, paths, recurrence, smooth, smooth_means
+from probllm.math.gaussian_steps import EVENT_DIMS, Chain, apply, root, seen_entries
 from probllm.math.recursion import expected_parts
 
 Case = tuple[Chain, Tensor | None, Tensor | None]  # chain of 3 rows or of none, lengths, observed
@@ -274,6 +274,66 @@ def test_recurrence_is_the_loop_with_its_derivatives(own: bool, by_step: bool) -
     torch.testing.assert_close(along.sum(), slopes[0].sum() + slopes[1].sum())
     mapped = torch.func.vmap(recurrence, (None, 0))(f[0] if own else f, pushes)
     torch.testing.assert_close(mapped, recurrence(f[0] if own else f, pushes))
+
+
+def drawn(case: Case, samples: int, spare: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Paths by the kernel, and the same by the story: z* + E[z | x] - E[z | x*], from the same noise."""
+    chain, lengths, observed = case
+    generator = torch.Generator().manual_seed(5)
+    lead, steps = torch.Size((samples, *flatten(*case)[2])), chain.value.shape[-2]
+    roots = root(chain.noise), root(chain.error)
+
+    def white(*event: int) -> Tensor:
+        return torch.randn(*lead, *event, generator=generator, dtype=dtype)
+
+    first = white(chain.mean.shape[-1])
+    w, v = white(steps if spare else steps - 1, first.shape[-1]), white(steps, chain.value.shape[-1])
+    start = apply(first.double(), root(chain.covariance))
+    later = roots[0]
+    if spare and later.shape[-3] > 1:  # the first move stands before the steps that are seen
+        later = torch.cat((later[..., :1, :, :], later), -3)
+    found = paths(chain, lengths, observed, start, (w, later), (v, roots[1]))
+    pushes = chain.drift + apply(w[..., 1:, :].double() if spare else w.double(), roots[0])
+    states = recurrence(chain.transition, torch.cat(((chain.mean + start).unsqueeze(-2), pushes), -2))
+    values = apply(states, chain.emission) + chain.offset + apply(v.double(), roots[1])
+    states = states + smooth_means(*case) - smooth_means(chain._replace(value=values), lengths, observed)
+    if lengths is not None:
+        states = torch.where((torch.arange(steps) < lengths.unsqueeze(-1)).unsqueeze(-1), states, 0.0)
+    return found, states
+
+
+@given(cases(longest=20), st.integers(1, 7), st.booleans())
+def test_paths_are_the_story_less_its_smoothed_mean(case: Case, samples: int, spare: bool) -> None:
+    found, expected = drawn(case, samples, spare, torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    differentiable = case[0]._replace(mean=case[0].mean.clone().requires_grad_())
+    found, _ = drawn((differentiable, *case[1:]), samples, spare, torch.float64)
+    assert found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_paths_from_narrow_noise_are_narrow() -> None:
+    chain = chain_of(torch.Generator().manual_seed(2), (3,), True, True, 20, 3, 2, None)
+    found, expected = drawn((chain, torch.tensor([20, 1, 9]), None), 5, True, torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_threads_draw_the_paths_that_one_thread_draws(own: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    chain = chain_of(generator, (7,), own, False, 200, 4, 2, None)
+    chain = chain._replace(transition=0.4 * chain.transition)  # else states grow beyond what their differences can show
+    lengths = torch.randint(1, 201, (7,), generator=generator)
+    observed = torch.rand(7, 200, 2, generator=generator) < 0.7
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(drawn((chain, lengths, observed if own else None), 45, False, torch.float64))
+    torch.set_num_threads(before)
+    for found, expected in results:
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, results[0][0])
 
 
 def test_threads_give_what_one_thread_gives() -> None:

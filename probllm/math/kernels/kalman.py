@@ -183,14 +183,21 @@ def add_combined(a, x, scale, out):  # type: ignore[no-untyped-def]
             for n in range(len(y)):
                 y[n] += a0 * x0[n] + a1 * x1[n] + a2 * x2[n] + a3 * x3[n]
         i += 4
-    while i < n_in:
+    if i + 2 <= n_in:
+        x0, x1 = x[i], x[i + 1]
+        for j in range(n_out):
+            a0, a1 = scale * a[i, j], scale * a[i + 1, j]
+            y = out[j]
+            for n in range(len(y)):
+                y[n] += a0 * x0[n] + a1 * x1[n]
+        i += 2
+    if i < n_in:
         x0 = x[i]
         for j in range(n_out):
             a0 = scale * a[i, j]
             y = out[j]
             for n in range(len(y)):
                 y[n] += a0 * x0[n]
-        i += 1
 
 
 @compiled(fastmath=FAST)
