@@ -9,6 +9,7 @@ these replaces ``_best`` or ``_draw``, or stands in the recursion itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 import torch
@@ -159,45 +160,43 @@ class InsideDistribution(StructuredDistribution):
         found = recursion.expected_parts(self._recursion, scores, self._flat_lengths())[0]
         return found.reshape(*self._own_shape, *found.shape[1:])
 
-    def _run(self, semiring: Semiring, lead: tuple[int, ...] = ()) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Leaves over ``[*lead, *own batch]``, float64, and the recursion's values, width times such a batch."""
+    def _run(
+        self, semiring: Semiring, lead: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """The recursion's values ``[width, *lead, *own batch]``, and what takes weights of them to the gradient in the
+        parts of their sum; float64."""
         self._checked_parts()
-        with torch.enable_grad():
-            leaves = [
-                self._rows(name, torch.Size((*lead, *self._own_shape))).detach().double().clone().requires_grad_()
-                for name in self._dims
-            ]
-            values = self._recursion.inside(semiring, tuple(semiring.lift(x) for x in leaves), self.lengths).unbind(0)
-        return leaves, values
+        batch = torch.Size((*lead, *self._own_shape))
+        parts = [self._rows(name, batch).detach().double() for name in self._dims]
 
-    def _read(self, leaves: list[Tensor], value: Tensor, retain: bool = False) -> Tensor:
-        """The structures that the gradient of ``value`` ``[*lead]`` points at; -1 where the value is -inf."""
-        if not value.requires_grad:
-            used = [torch.zeros_like(x) for x in leaves]
-        else:
-            ones = torch.ones_like(value)
-            found = torch.autograd.grad(value, leaves, ones, retain_graph=retain, allow_unused=True)
-            used = [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
-        with torch.no_grad():
-            structure = self._structure(dict(zip(self._dims, used, strict=True)))
-            empty = (value == -math.inf).reshape(*value.shape, *(1,) * len(self.event_shape))
-            return torch.where(empty, -1, structure)
+        def values(*given: Tensor) -> Tensor:
+            return self._recursion.inside(semiring, tuple(semiring.lift(x) for x in given), self.lengths)
+
+        found, pull = torch.func.vjp(values, *parts)[:2]
+        return found, pull
+
+    def _read(self, values: Tensor, pull: Callable[[Tensor], tuple[Tensor, ...]], which: int) -> Tensor:
+        """The structures that the gradient of one of the values points at; -1 where it is -inf."""
+        weights = torch.zeros_like(values)
+        weights[which] = 1.0
+        used = pull(weights)
+        structure = self._structure(dict(zip(self._dims, used, strict=True)))
+        value = values[which]
+        return torch.where((value == -math.inf).reshape(*value.shape, *(1,) * len(self.event_shape)), -1, structure)
 
     def _best(self) -> Tensor:
-        leaves, values = self._run(MAX)
-        return self._read(leaves, values[0])
+        return self._read(*self._run(MAX), 0)
 
     def _k_best(self, k: int) -> Tensor:
-        leaves, values = self._run(KMax(k))
-        return torch.stack([self._read(leaves, value, retain=True) for value in values])
+        values, pull = self._run(KMax(k))
+        return torch.stack([self._read(values, pull, i) for i in range(k)])
 
     def _draw(self, n: int) -> Tensor:
         size = sum(self._rows(name).numel() for name in self._dims)
         at_once = max(1, min(n, SAMPLES_AT_ONCE // max(1, size)))
         drawn = []
         for first in range(0, n, at_once):
-            leaves, values = self._run(SAMPLING, (min(at_once, n - first),))
-            drawn.append(self._read(leaves, values[0]))
+            drawn.append(self._read(*self._run(SAMPLING, (min(at_once, n - first),)), 0))
         if not drawn:
             return self.lengths.new_zeros((0, *self._own_shape, *self.event_shape))
         return torch.cat(drawn)

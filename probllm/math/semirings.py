@@ -90,11 +90,16 @@ class Sampling(Log):
 class _DrawnSum(torch.autograd.Function):
     """logsumexp; backward sends the gradient to one index, drawn from the softmax."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(values)
-        ctx.dim = dim
+    def forward(values: Tensor, dim: int) -> Tensor:
         return safe_logsumexp(values, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.dim = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
