@@ -505,8 +505,11 @@ def peak(name: str, index: int, contender: str) -> float:
                 highest = max(highest, int(file.read().split()[1]))
             time.sleep(0.0005)
 
-    if contender == "ours":  # compiling is not what is asked about
+    if contender == "ours":  # compiling is not what is asked about, and what the call keeps to use again counts
+        from probllm.math import room
+
         call()
+        room.forget()
         with open("/proc/self/statm", encoding="ascii") as file:
             highest = before = int(file.read().split()[1])
     watcher = threading.Thread(target=watch)

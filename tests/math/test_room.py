@@ -57,7 +57,7 @@ def test_a_gradient_is_not_overwritten_by_the_next_call() -> None:
 
 @given(st.lists(st.integers(1, 3 * room.MOST // 4 // 8), min_size=1, max_size=6), st.booleans())
 def test_no_more_is_kept_than_allowed(sizes: list[int], hold: bool) -> None:
-    room._blocks.known.clear()
+    room.forget()
     held = []
     for size in sizes:
         array = room.empty((size,))
