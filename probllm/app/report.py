@@ -33,7 +33,7 @@ STYLE = """
   --ink: #e6e9f0; --soft: #9aa3b5; --page: #14171d; --card: #1b1f27; --line: #323845; --best: #7fb0ff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
+main { max-width: 1360px; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .3rem; }
 h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; }
