@@ -184,11 +184,12 @@ def test_ties_give_one_path_and_not_a_blend(dtype: torch.dtype) -> None:
     assert len({tuple(x) for x in paths[:, 0].tolist()}) == 20
 
 
-@pytest.mark.parametrize("steps", [10_000, 20_000])
-def test_long_chains_in_float32_are_those_of_float64(steps: int) -> None:
-    narrow = random_scores(2, steps, 5, dtype=torch.float32)
+@pytest.mark.parametrize(("rows", "steps"), [(2, 10_000), (2, 20_000), (4, 10_000)])  # four rows go side by side
+def test_long_chains_in_float32_are_those_of_float64(rows: int, steps: int) -> None:
+    narrow = random_scores(rows, steps, 5, dtype=torch.float32)
     wide = [x.double() for x in narrow]
-    lengths = torch.tensor([steps, steps // 2])
+    lengths = torch.full((rows,), steps)
+    lengths[1] //= 2
     values, gradients = [], []
     for scores in (narrow, wide):
         leaves = [x.clone().requires_grad_() for x in scores]
