@@ -71,24 +71,16 @@ class HigherOrderCRF(InsideDistribution):
         emissions, transitions, *starts = {**self.parts, **parts}.values()
         return type(self)(emissions, transitions, starts, self.lengths)
 
-    def _plain(self) -> tuple[Tensor, ...] | None:
-        """Scores for the functions of ``second_order``; None for another order or an empty batch."""
-        if self.order != 2 or 0 in self._own_shape:
-            return None
-        return tuple(self._flat(name, name != "emissions") for name in self._dims)
-
     def _best(self) -> Tensor:
-        scores = self._plain()
-        if scores is None or not second_order.is_compilable(*scores):
+        scores = self._flat_parts()
+        if self.order != 2 or 0 in self._own_shape or not second_order.is_compilable(*scores):
             return super()._best()
-        return second_order.best(scores, self._flat_lengths()).reshape(*self._own_shape, *self.event_shape)
+        return self._grown(second_order.best(scores, self._flat_lengths()))
 
     def _draw(self, n: int) -> Tensor:
-        scores = self._plain()
-        if scores is None:
+        if self.order != 2 or 0 in self._own_shape:
             return super()._draw(n)
-        drawn = second_order.draw(scores, self._flat_lengths(), n)
-        return drawn.reshape(n, *self._own_shape, *self.event_shape)
+        return self._grown(second_order.draw(self._flat_parts(), self._flat_lengths(), n), (n,))
 
     def _structure(self, used: dict[str, Tensor]) -> Tensor:
         return self._real(used["emissions"].argmax(-1))

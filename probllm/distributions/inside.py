@@ -152,12 +152,10 @@ class InsideDistribution(StructuredDistribution):
         return {name: x.reshape(*self._own_shape, *x.shape[1:]) for name, x in zip(self._dims, found, strict=True)}
 
     def _main_expected(self) -> Tensor:
-        main, *others = self._dims
         if "expected" in self._kept or math.prod(self._own_shape) == 0:
             return super()._main_expected()
         # what rows share stays shared: its gradient is summed over them and thrown away
-        scores = (self._flat(main, False), *(self._flat(name, True) for name in others))
-        found = recursion.expected_parts(self._recursion, scores, self._flat_lengths())[0]
+        found = recursion.expected_parts(self._recursion, self._flat_parts(), self._flat_lengths())[0]
         return found.reshape(*self._own_shape, *found.shape[1:])
 
     def _run(
