@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math import chain_passes as passes
 from probllm.math import chain_torch
-from probllm.math.chain_passes import Pass
-from probllm.math.chain_passes import forward as forward_pass
 from probllm.math.untraced import untraced
 
 
@@ -196,7 +195,7 @@ def chain_log_partition(chain: Chain, dtype: torch.dtype = torch.float64) -> Ten
         return result
     emissions, transitions, start, end, lengths, _ = chain
     needed = emissions.requires_grad or transitions.requires_grad or start.requires_grad or end.requires_grad
-    box: list[Pass] | None = [] if needed and torch.is_grad_enabled() else None
+    box: list[tuple[Tensor, Tensor]] | None = [] if needed and torch.is_grad_enabled() else None
     result = _PlainLogPartition.apply(  # type: ignore[no-untyped-call]
         emissions, transitions, start, end, lengths, dtype, box
     )
@@ -234,18 +233,21 @@ def _log_z(
     end: Tensor,
     lengths: Tensor,
     dtype: torch.dtype,
-    box: list[Pass] | None,
+    box: list[tuple[Tensor, Tensor]] | None,
 ) -> Tensor:
-    done = forward_pass(emissions, transitions, start, end, lengths, keep=box is not None)
-    if box is not None:
-        box.append(done)
-    # what is returned is a copy, for the box must not hold it: the graph would hold itself alive
-    log_z = torch.from_numpy(done.log_z.astype(np.float32 if dtype == torch.float32 else np.float64))
-    return log_z if log_z.dtype == dtype else log_z.to(dtype)
+    scores = emissions, transitions, start, end, lengths
+    if box is None:
+        log_z = passes.forward(*scores, keep=False).log_z
+    else:
+        log_z, tags, pairs = passes.expectations(*scores)
+        box.append((tags, pairs))
+    result = torch.from_numpy(log_z.astype(np.float32 if dtype == torch.float32 else np.float64, copy=False))
+    return result if result.dtype == dtype else result.to(dtype)
 
 
 class _LogPartitionRules(torch.autograd.Function):
-    """The derivatives of log Z; ``ctx.box`` carries the compiled pass from the way forward to the way back."""
+    """The derivatives of log Z. ``ctx.box`` holds them for weights of 1 where they were found on the way forward: a row
+    is done both ways while it is in the cache."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,7 +256,14 @@ class _LogPartitionRules(torch.autograd.Function):
         if torch.is_grad_enabled() or not ctx.box:  # someone will differentiate what this returns
             tags, pairs, first, last = _expectations(grad, emissions, transitions, start, end, lengths)
             return tags, pairs, first, last, None, None, None
-        tags, pairs = ctx.box[0].expectations(grad)
+        tags, pairs = ctx.box.pop()  # they become the gradients, so they are given once
+        weights = grad.numpy()
+        weight = weights.item(0)
+        if weights.strides[0] == 0 or (weights == weight).all():  # of a sum or a mean over the batch
+            if weight != 1:
+                tags, pairs = tags.mul_(weight), pairs.mul_(weight)
+        else:
+            tags, pairs = passes.expectations(emissions, transitions, start, end, lengths, grad)[1:]
         if not (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
             return tags, pairs, None, None, None, None, None
         first, last = _at_ends(tags, lengths)
@@ -316,7 +325,7 @@ class _Expectations(torch.autograd.Function):
     def forward(
         weights: Tensor, emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor
     ) -> tuple[Tensor, ...]:
-        tags, pairs = forward_pass(emissions, transitions, start, end, lengths).expectations(weights)
+        _, tags, pairs = passes.expectations(emissions, transitions, start, end, lengths, weights)
         first, last = _at_ends(tags, lengths)
         return tags, pairs, first.clone(), last
 

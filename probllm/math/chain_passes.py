@@ -1,13 +1,13 @@
 """The compiled recursions over a batch of chains, in the narrowest arithmetic that is certified for each row.
 
 Float32 scores start in float32, in probability space. Rows that are not certified there go on to float64, still in
-probability space and now with forbidden states; what is left goes to log space, which is right for every score. A
-``Pass`` is the way forward: it holds log Z and what each tier left behind, and goes the way back, to the expectations,
-when it is asked.
+probability space and now with forbidden states; what is left goes to log space, which is right for every score.
+``forward`` gives log Z and the filtered probabilities; ``expectations`` goes both ways at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,41 +32,15 @@ class Tables(NamedTuple):
 
 @dataclass(slots=True)
 class ScaledPart:
-    """Rows done in probability space: what ``chain_scaled.forward`` left behind."""
+    """Rows done in probability space."""
 
-    rows: np.ndarray | None  # [N] of the batch, None for all
-    lengths: np.ndarray  # [N]
-    flags: np.ndarray  # [N] 0: certified, and here; else left to the next tier
-    zeros: bool  # some scores may be -inf
     tables: Tables
-    q: np.ndarray  # [N, T P]
-    sums: np.ndarray  # [N, T]
-    alpha: np.ndarray  # [N, T, P]
-
-    def expectations(self, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tags ``[N, T, K]``, transitions ``[G, S, K, K]``, and flags [N] of rows whose expectations are not here."""
-        n, steps, width = self.alpha.shape
-        _, groups, times, k, _ = self.tables.both.shape
-        pieces, cost = groups if groups > 1 else (n + 3) // 4, 0.03 * n * steps * k * (k + 32)
-        shares = shares_of(pieces, cost)
-        weights = room.empty((4 * shares if times == 1 else n, steps, width), self.alpha.dtype)
-        tags = room.empty((n, steps, k), row_weights.dtype)
-        pairs: np.ndarray = np.empty((groups if groups > 1 else shares, k, k), self.alpha.dtype)
-        flags = self.flags.copy() if self.zeros else self.flags  # without zeros the way back flags nothing
-        arguments = (
-            self.q, self.sums, self.alpha, self.lengths, self.tables.both, self.zeros, row_weights, tags, weights,
-            pairs, flags,
-        )  # fmt: skip
-        run_shares(chain_scaled.backward, arguments, pieces, cost)
-        if times != 1:
-            before, after = (
-                torch.from_numpy(x).unflatten(0, (groups, n // groups)) for x in (self.alpha[:, :-1], weights[:, 1:])
-            )
-            sums = torch.matmul(before.permute(0, 2, 3, 1), after.permute(0, 2, 1, 3)).numpy()
-            return tags, sums[..., :k, :k] * self.tables.both[0, ..., :k], flags
-        if groups == 1 and len(pairs) > 1:
-            pairs = pairs.sum(0)
-        return tags, pairs.reshape(groups, 1, k, k), flags
+    log_z: np.ndarray  # [N]
+    flags: np.ndarray  # [N] 0: certified, and here; else left to the next tier
+    alpha: np.ndarray  # [N, T, P], or room
+    tags: np.ndarray | None = None  # [N, T, K]: expectations, where they were asked for
+    pairs: np.ndarray | None = None  # [G, S, K, K]
+    rows: np.ndarray | None = None  # [N] of the batch, None for all
 
 
 class LogPart(NamedTuple):
@@ -81,42 +55,13 @@ class LogPart(NamedTuple):
 
 @dataclass(slots=True)
 class Pass:
-    """The result of ``forward``: log Z, and what the way back needs."""
+    """What the tiers of probability space gave, and what they left."""
 
-    log_z: np.ndarray  # [B] float64
-    scores: list[np.ndarray]  # emissions [B, T, K], start and end [B, K], lengths [B]
+    log_z: np.ndarray  # [B] float64, without the rows that are left
+    scores: list[np.ndarray]  # emissions [B, T, K], start and end [B, K], lengths [B], and weights of the rows
     transitions: np.ndarray  # [G, S, K, K]
     scaled: list[ScaledPart]
     left: np.ndarray | None = None  # rows for log space
-
-    def expectations(self, row_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected tags of each row ``[B, T, K]`` and transitions ``[G, S, K, K]``, summed over the rows of a group,
-        times the weights of the rows."""
-        by = row_weights.contiguous().numpy()
-        if len(self.scaled) == 1 and self.left is None:
-            tags, pairs, flags = self.scaled[0].expectations(by)
-            if not (self.scaled[0].zeros and flags.any()):
-                pairs = pairs if pairs.dtype == by.dtype else pairs.astype(by.dtype)
-                return torch.from_numpy(tags), torch.from_numpy(pairs)
-        tags, pairs = np.zeros(self.scores[0].shape, by.dtype), np.zeros(self.transitions.shape)
-        groups = len(pairs)
-        group = np.arange(len(by)) // (len(by) // groups)
-        left = [] if self.left is None else [self.left]
-        for part in self.scaled:
-            rows = np.arange(len(by)) if part.rows is None else part.rows
-            its_tags, its_pairs, flags = part.expectations(by[rows])
-            tags[rows[flags == 0]] = its_tags[flags == 0]
-            if part.rows is None or groups == 1:
-                pairs += its_pairs
-            else:
-                np.add.at(pairs, group[rows], its_pairs)
-            left.append(rows[flags > part.flags])  # too small on the way back
-        rows = np.concatenate(left)
-        if rows.size:
-            log = self.in_log_space(rows, 2)
-            tags[rows] = log.tags * by[rows, None, None]
-            np.add.at(pairs, group[rows], log.pairs * by[rows, None, None, None])
-        return torch.from_numpy(tags), torch.from_numpy(pairs.astype(by.dtype))
 
     def in_log_space(self, rows: np.ndarray, backward: int) -> LogPart:
         """Does some rows in log space: log Z alone for ``backward`` 0, alpha too for 1, everything for 2."""
@@ -128,7 +73,7 @@ class Pass:
         tags = np.empty((n, steps if backward == 2 else 0, k))
         pairs = np.empty((n, times if backward == 2 else 0, k, k))
         part = LogPart(np.empty(n), alpha, back, tags, pairs)
-        arguments = (*self.scores, table, back, rows, backward, alpha, tags, pairs, part.log_z)
+        arguments = (*self.scores[:4], table, back, rows, backward, alpha, tags, pairs, part.log_z)
         run_shares(chain_log.forward_backward, arguments, n, 20.0 * n * steps * k * k)
         return part
 
@@ -136,21 +81,73 @@ class Pass:
 def forward(
     emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, lengths: Tensor, keep: bool = True
 ) -> Pass:
-    """Runs the recursions on CPU tensors in the shapes of ``chain.Chain``, of at least one row.
+    """Runs the recursions forward on CPU tensors in the shapes of ``chain.Chain``, of at least one row.
 
     Args:
-        keep: whether the way back, or samples, will be asked for.
+        keep: whether alpha is wanted.
     Raises:
         ValueError: for scores that are NaN or +inf.
     """
-    scores = [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in (emissions, start, end, lengths)]
+    done = _tiers([emissions, start, end, lengths], transitions, lambda scores, tables: _forward(scores, tables, keep))
+    if done.left is not None:
+        done.log_z[done.left] = done.in_log_space(done.left, 0).log_z
+    return done
+
+
+def expectations(
+    emissions: Tensor,
+    transitions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    lengths: Tensor,
+    row_weights: Tensor | None = None,
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """log Z ``[B]``, and each row's weight (1 where missing) times its expected tags ``[B, T, K]`` and transitions
+    ``[G, S, K, K]``, the latter summed over the rows of a group. Arguments and errors as in ``forward``."""
+    given = [emissions, start, end, lengths] + ([] if row_weights is None else [row_weights])
+    done = _tiers(given, transitions, _both_ways)
+    first, dtype = done.scaled[0], done.scores[0].dtype
+    if done.left is None and len(done.scaled) == 1:
+        assert first.tags is not None
+        assert first.pairs is not None
+        return done.log_z, torch.from_numpy(first.tags), torch.from_numpy(first.pairs.astype(dtype, copy=False))
+    tags, pairs = np.zeros(done.scores[0].shape, dtype), np.zeros(done.transitions.shape)
+    groups = len(pairs)
+    group = np.arange(len(tags)) // (len(tags) // groups)
+    for part in done.scaled:
+        rows = np.arange(len(tags)) if part.rows is None else part.rows
+        assert part.tags is not None
+        assert part.pairs is not None
+        tags[rows[part.flags == 0]] = part.tags[part.flags == 0]
+        if part.rows is None or groups == 1:
+            pairs += part.pairs
+        else:
+            np.add.at(pairs, group[rows], part.pairs)
+    if done.left is not None:
+        rows = done.left
+        log = done.in_log_space(rows, 2)
+        by = np.ones(len(rows)) if row_weights is None else done.scores[4][rows]
+        done.log_z[rows] = log.log_z
+        tags[rows] = log.tags * by[:, None, None]
+        np.add.at(pairs, group[rows], log.pairs * by[:, None, None, None])
+    return done.log_z, torch.from_numpy(tags), torch.from_numpy(pairs.astype(dtype))
+
+
+def _tiers(given: list[Tensor], transitions: Tensor, run: Callable[[list[np.ndarray], Tables], ScaledPart]) -> Pass:
+    """Runs the rows in float32, and those that are not certified there in float64.
+
+    Args:
+        given: emissions, start, end, lengths, and what else there is of each row.
+        run: does rows in the precision of the tables.
+    """
+    scores = [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in given]
     table = transitions.detach().contiguous().numpy()
     dtype: type = scores[0].dtype.type
     tables = _tables(table, dtype)
     if dtype is np.float32 and tables.forbids:
         dtype, tables = np.float64, _tables(table, np.float64)
-    log_z, part = _scaled(scores, tables, keep)
-    done = Pass(log_z, scores, table, [part])
+    part = run(scores, tables)
+    done = Pass(part.log_z, scores, table, [part])
     left = part.flags.nonzero()[0]
     if not left.size:
         return done
@@ -160,17 +157,17 @@ def forward(
             "(-inf forbids)"
         )
     if dtype is np.float32:
-        tables, groups, in_group = _tables(table, np.float64), len(table), len(log_z) // len(table)
+        tables, groups, in_group = _tables(table, np.float64), len(table), len(done.log_z) // len(table)
         if groups > 1:  # what is left of a group need not be as much as of another: a group each
             both, numbers = (np.ascontiguousarray(x[:, left // in_group]) for x in tables[:2])
             tables = Tables(both, numbers, tables.forbids)
-        log_z[left], part = _scaled([x[left] for x in scores], tables, keep)
+        part = run([x[left] for x in scores], tables)
         part.rows = left
+        done.log_z[left] = part.log_z
         done.scaled.append(part)
         left = left[part.flags != 0]
     if left.size:
         done.left = left
-        log_z[left] = done.in_log_space(left, 0).log_z
     return done
 
 
@@ -185,19 +182,50 @@ def _tables(transitions: np.ndarray, dtype: type) -> Tables:
     return Tables(both, numbers, seen > 0)
 
 
-def _scaled(scores: list[np.ndarray], tables: Tables, keep: bool) -> tuple[np.ndarray, ScaledPart]:
-    """log Z [N] and what else the way forward in probability space gives, in the precision of the tables."""
+def _forward(scores: list[np.ndarray], tables: Tables, keep: bool) -> ScaledPart:
     rows, steps, k = scores[0].shape
     groups, width, dtype = tables.both.shape[1], tables.both.shape[4], tables.both.dtype
     zeros = dtype == np.float64
     log_z, flags = np.empty(rows), np.empty(rows, np.int64)
     pieces, cost = groups * ((rows // groups + 3) // 4), 0.02 * rows * steps * k * (k + 32)
-    kept = rows if keep else 4 * shares_of(pieces, cost)
-    q, alpha = room.empty((2, kept, steps * width), dtype)
-    sums = room.empty((kept, steps), dtype)
-    alpha = alpha.reshape(kept, steps, width)
-    arguments = (
-        *scores, tables.both, tables.numbers, zeros, keep, q, sums, alpha, log_z, flags,
-    )  # fmt: skip
+    block = 4 * shares_of(pieces, cost)
+    span = _apart(steps, width * dtype.itemsize)
+    q, sums = room.empty((block * span * width,), dtype), np.empty((block, span), dtype)
+    alpha = room.empty((rows, steps, width) if keep else (block, 1, width), dtype)
+    arguments = (*scores, tables.both, tables.numbers, zeros, keep, q, sums, alpha.reshape(-1), log_z, flags)
     run_shares(chain_scaled.forward, arguments, pieces, cost)
-    return log_z, ScaledPart(None, scores[3], flags, zeros, tables, q, sums, alpha)
+    return ScaledPart(tables, log_z, flags, alpha)
+
+
+def _both_ways(scores: list[np.ndarray], tables: Tables) -> ScaledPart:
+    rows, steps, k = scores[0].shape
+    _, groups, times, _, width = tables.both.shape
+    dtype = tables.both.dtype
+    zeros = dtype == np.float64
+    weights = scores[4] if len(scores) > 4 else np.ones(rows, scores[0].dtype)
+    log_z, flags = np.empty(rows), np.empty(rows, np.int64)
+    pieces, cost = groups if groups > 1 else (rows + 3) // 4, 0.05 * rows * steps * k * (k + 32)
+    shares = shares_of(pieces, cost)
+    n = 4 * (shares - 1) + min(4, rows // groups) if times == 1 else rows
+    span = _apart(steps, width * dtype.itemsize) if times == 1 else steps
+    q, alpha = room.empty((2, n * span * width), dtype)
+    sums: np.ndarray = np.empty((n, span), dtype)
+    tags = room.empty((rows, steps, k), scores[0].dtype)
+    pairs: np.ndarray = np.empty((groups if groups > 1 else shares, k, k), dtype)
+    arguments = (
+        *scores[:4], weights, tables.both, tables.numbers, zeros, q, sums, alpha, log_z, flags, tags, pairs,
+    )  # fmt: skip
+    run_shares(chain_scaled.both_ways, arguments, pieces, cost)
+    if times != 1:
+        before, after = (torch.from_numpy(x.reshape(groups, n // groups, steps, width)) for x in (alpha, q))
+        sums = torch.matmul(before[:, :, :-1].permute(0, 2, 3, 1), after[:, :, 1:].permute(0, 2, 1, 3)).numpy()
+        pairs = sums[..., :k, :k] * tables.both[0, ..., :k]
+    else:
+        pairs = (pairs.sum(0) if groups == 1 and len(pairs) > 1 else pairs).reshape(groups, 1, k, k)
+    return ScaledPart(tables, log_z, flags, alpha, tags, pairs)
+
+
+def _apart(steps: int, size: int) -> int:
+    """At least that many steps of so many bytes, such that rows do not begin in the same places of the cache: a step of
+    several rows, in several arrays, would not fit in it."""
+    return next((n for n in range(steps, steps + 17) if 256 <= n * size % 4096 <= 3840), steps)

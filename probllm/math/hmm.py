@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probllm.math import chain_passes as passes
 from probllm.math.chain import Chain, as_chain, chain_log_partition, check_lengths
-from probllm.math.chain_passes import forward as forward_pass
 from probllm.math.kernels import categorical_hmm, chain_scaled
 from probllm.math.kernels.threads import run_shares
 from probllm.math.kernels.vectors import padded
@@ -39,9 +39,8 @@ def expected_steps(chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
     The transitions are those that all rows and steps share, summed over both. No gradients.
     """
     if chain.emissions.device.type == "cpu":
-        done = forward_pass(*chain[:5])
-        log_z = torch.from_numpy(done.log_z)
-        gamma, pairs = done.expectations(torch.ones(len(log_z), dtype=chain.emissions.dtype))
+        found, gamma, pairs = passes.expectations(*chain[:5])
+        log_z = torch.from_numpy(found)
     else:
         parts = [x.detach().requires_grad_() for x in chain[:2]]
         log_z = chain_log_partition(chain._replace(emissions=parts[0], transitions=parts[1]))

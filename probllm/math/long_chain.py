@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from probllm.math.chain import Chain, as_chain
+from probllm.math.chain_passes import expectations
 from probllm.math.chain_passes import forward as forward_pass
 from probllm.math.chain_torch import safe_logsumexp
 
@@ -160,7 +161,7 @@ def _backward(chain: Chain, size: int, log_z: Tensor, alphas: list[Tensor], weig
     weights = torch.where(log_z > -math.inf, weights, 0.0)
     for i in range(len(alphas) - 1, -1, -1):
         part = _chunk(chain, i * size, size, alphas[i], beta)
-        tags, pairs = forward_pass(*part[:5]).expectations(weights.to(part.emissions.dtype))
+        _, tags, pairs = expectations(*part[:5], weights.to(part.emissions.dtype))
         skip = 1 if i else 0  # what two chunks share belongs to the earlier one
         yield Part(i * size + skip, tags[:, skip:], pairs)
         if i:

@@ -5,9 +5,10 @@
     g_t(j)
 
 with q = exp(emissions - the first allowed one of the step) and A = exp(transitions - their maximum); log Z is the sum
-of log c_t and of what was taken out. ``forward`` leaves q, c and alpha behind for ``backward``, which gives the
-expected tags and transitions. Four rows of the batch share the matrix product of a step (``tiles``), and the
-K states of a step are padded to whole vectors. No [T, K, K] array exists, and no logarithm is taken inside.
+of log c_t and of what was taken out. ``forward`` goes forward alone; ``both_ways`` turns back at the end of each block
+of four rows, while its q and alpha are in the cache, for the expected tags and transitions. The rows of a block share
+the matrix product of a step (``tiles``), and the K states of a step are padded to whole vectors. No [T, K, K] array
+exists, and no logarithm is taken inside.
 
 Every row is certified, or says in ``flags`` why it is not (bits):
     WIDE    its scores range too widely for this precision, or a score is forbidden where ``zeros`` is False,
@@ -114,6 +115,129 @@ def by_falling_length(lengths, groups, steps):  # type: ignore[no-untyped-def]
     return order
 
 
+@compiled()
+def _set_out(lengths, order, begin, end, which, until, state, inverse, k):  # type: ignore[no-untyped-def]
+    """Sets a block of rows out at a step before which nothing came: places [4] of the rows in the batch, their lengths,
+    and a product of 1 in each of the K states. Returns how many rows there are."""
+    size = min(4, end - begin)
+    one = state.dtype.type(1)
+    until[:] = 0
+    for r in range(size):
+        which[r], inverse[r] = order[begin + r], one
+        until[r] = lengths[which[r]]
+        for j in range(state.shape[1]):
+            state[r, j] = one if j < k else one * 0
+    return size
+
+
+@compiled(fastmath=_FAST)
+def _forward_block(  # type: ignore[no-untyped-def]
+    emissions, start, end, table, numbers, zeros, keep, places, home, q, sums, alpha, log_z, flags, which, until,
+    size, x, y, inverse, totals,
+):  # fmt: skip
+    """The way forward of the rows ``which`` [4] of a block.
+
+    table [S, K, P] and numbers [3, S]: of their group
+    places, home [4]: where a row begins in q and sums, and in alpha, in steps
+    until [4]: lengths; becomes 0 where a row is flagged
+    """
+    k, width, times = emissions.shape[2], table.shape[2], table.shape[0]
+    found, product = np.empty(4), np.ones(4)
+    spread, longest = 0.0, 0
+    for s in range(times):
+        spread = max(spread, numbers[1, s])
+    most = (SPAN64 if zeros else SPAN32) - 2 * spread - math.log(k)
+    for r in range(size):
+        b, n = which[r], until[r]
+        room = q[places[r] * width : (places[r] + n) * width]
+        log_z[b], flags[b] = exponentials(emissions[b], start[b], end[b], n, most, zeros, width, room, found)
+        until[r] = 0 if flags[b] else n
+        longest = max(longest, until[r])
+    together = until.min() if size == 4 and not zeros else 0  # steps that four rows have in common
+    for t in range(longest):
+        s, there = max(0, t - 1) if times > 1 else 0, t if keep else 0
+        if t:
+            if size == 1:
+                product1(x, table[s], y, k)
+            else:
+                product4(x, table[s], y, k)
+        if t < together:
+            forward_steps(y, inverse, q, places, t, x, alpha, home, there, sums, totals, width)
+            low, high = 1.0, 1.0
+            for r in range(4):
+                product[r] *= totals[r]
+                low, high = min(low, product[r]), max(high, product[r])
+            if low < 1e-200 or high > 1e200:
+                for r in range(4):
+                    log_z[which[r]] += math.log(product[r])
+                    product[r] = 1.0
+            continue
+        for r in range(size):
+            if t >= until[r]:
+                continue
+            forward_step(y, inverse, q, places, t, x, alpha, home, there, sums, totals, width, r)
+            c, b = totals[r], which[r]
+            if zeros and (c < LEAST_SUM or some_tiny(x[r], k)):
+                flags[b], until[r] = TINY, 0
+                continue
+            product[r] *= c
+            if product[r] < 1e-200 or product[r] > 1e200:
+                log_z[b] += math.log(product[r])
+                product[r] = 1.0
+    for r in range(size):
+        b = which[r]
+        log_z[b] += math.log(product[r])
+        if times == 1:
+            log_z[b] += (until[r] - 1) * numbers[0, 0]
+        else:
+            for t in range(1, until[r]):
+                log_z[b] += numbers[0, t - 1]
+
+
+@compiled(fastmath=_FAST)
+def _backward_block(  # type: ignore[no-untyped-def]
+    q, sums, alpha, table, zeros, row_weights, places, tags, flags, which, until, size, x, y, inverse,
+    totals,
+):  # fmt: skip
+    """The way back of the rows ``which`` [4] of a block.
+
+    table [S, K, P]: of their group, transposed
+    places [4]: where a row begins in q, sums and alpha, in steps; q is used up (see ``backward_step``)
+    until [4]: lengths, 0 for a row to pass over; becomes 0 where a row is flagged
+    """
+    k, width, times, steps = tags.shape[2], table.shape[2], table.shape[0], tags.shape[1]
+    dtype = table.dtype
+    one = dtype.type(1)
+    by, home = np.empty(4, dtype), np.empty(4, np.int64)
+    longest = 0
+    for r in range(size):
+        by[r], home[r] = row_weights[which[r]], which[r] * steps
+        longest = max(longest, until[r])
+    together = until.min() if size == 4 and not zeros else 0  # steps that four rows have in common
+    for t in range(longest - 1, -1, -1):
+        for r in range(size if t >= together - 1 else 0):
+            if t == until[r] - 1:  # a row begins
+                inverse[r] = one
+                for j in range(width):
+                    y[r, j] = one if j < k else one * 0
+        if t < together:
+            backward_steps(y, inverse, q, places, t, x, alpha, sums, by, tags, k, home, totals, width)
+        else:
+            for r in range(size):
+                if t >= until[r]:
+                    continue
+                backward_step(y, inverse, q, places, t, x, alpha, sums, by, tags, k, home, totals, width, r)
+                least = min(totals[r], one / inverse[r])
+                if zeros and (least < LEAST_SUM or some_tiny(x[r], k)):
+                    flags[which[r]], until[r] = TINY, 0
+        if t:
+            s = 0 if times == 1 else t - 1
+            if size == 1:
+                product1(x, table[s], y, k)
+            else:
+                product4(x, table[s], y, k)
+
+
 @compiled(fastmath=_FAST)
 def forward(  # type: ignore[no-untyped-def]
     emissions, start, end, lengths, both, numbers, zeros, keep, q, sums, alpha, log_z, flags, first, step
@@ -122,157 +246,86 @@ def forward(  # type: ignore[no-untyped-def]
 
     emissions [B, T, K], start and end [B, K], lengths [B]
     both [2, G, S, K, P] and numbers [3, G, S]: from ``tables``; S is 1 or T - 1; B / G rows in a row share a group
-    keep: whether q [B, T P], sums [B, T]: c_t, and alpha [B, T, P]: filtered probabilities, are wanted; behind the end
-        of a row and in a flagged one alpha is 0 and the others are not written. Else they are room for four rows a
-        share.
+    q [N R P] and sums [N, R]: room for N rows of R >= T steps, four a share
+    keep: whether alpha [B, T, P], filtered probabilities, is wanted; nothing is written behind the end of a row. Else
+        it is room for four rows a share.
     log_z [B] and flags [B] are set.
     """
     rows, steps, k = emissions.shape
-    _, groups, times, _, width = both.shape
-    dtype, offsets = both.dtype, numbers[0]
+    _, groups, _, _, width = both.shape
+    dtype = both.dtype
     in_group = rows // groups
     blocks = (in_group + 3) // 4
     order = by_falling_length(lengths, groups, steps)
-    one = dtype.type(1)
     x, y = np.zeros((4, width), dtype), np.zeros((4, width), dtype)
-    found, inverse, totals = np.empty(4), np.empty(4, dtype), np.empty(4, dtype)
+    inverse, totals = np.empty(4, dtype), np.empty(4, dtype)
     which, until, home, places = np.zeros((4, 4), np.int64)
-    product = np.empty(4)
+    for r in range(4):
+        home[r] = 4 * first + r
+        places[r] = home[r] * sums.shape[1]
     for block in range(first, groups * blocks, step):
         g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
-        size = min(4, (g + 1) * in_group - begin)
-        spread, longest = 0.0, 0
-        for s in range(times):
-            spread = max(spread, numbers[1, g, s])
-        most = (SPAN64 if zeros else SPAN32) - 2 * spread - math.log(k)
-        for r in range(size):
-            b = which[r] = order[begin + r]
-            at = b if keep else 4 * first + r
-            places[r], home[r] = at * steps, at * steps if keep else at
-            n = lengths[b]
-            log_z[b], flags[b] = exponentials(emissions[b], start[b], end[b], n, most, zeros, width, q[at], found)
-            until[r] = 0 if flags[b] else n
-            longest = max(longest, until[r])
-            product[r], inverse[r] = 1.0, one
-            for j in range(width):
-                y[r, j] = one if j < k else one * 0
-        together = until.min() if size == 4 and not zeros else 0  # steps that four rows have in common
-        for t in range(longest):
-            s, there = max(0, t - 1) if times > 1 else 0, t if keep else 0
-            if t:
-                if size == 1:
-                    product1(x, both[0, g, s], y, k)
-                else:
-                    product4(x, both[0, g, s], y, k)
-            if t < together:
-                forward_steps(y, inverse, q, places, t, x, alpha, home, there, sums, totals, width)
-                low, high = 1.0, 1.0
-                for r in range(4):
-                    product[r] *= totals[r]
-                    low, high = min(low, product[r]), max(high, product[r])
-                if low < 1e-200 or high > 1e200:
-                    for r in range(4):
-                        log_z[which[r]] += math.log(product[r])
-                        product[r] = 1.0
-                continue
-            for r in range(size):
-                if t >= until[r]:
-                    continue
-                forward_step(y, inverse, q, places, t, x, alpha, home, there, sums, totals, width, r)
-                c, b = totals[r], which[r]
-                if zeros and (c < LEAST_SUM or some_tiny(x[r], k)):
-                    flags[b], until[r] = TINY, 0
-                    continue
-                product[r] *= c
-                if product[r] < 1e-200 or product[r] > 1e200:
-                    log_z[b] += math.log(product[r])
-                    product[r] = 1.0
-        for r in range(size):
-            b = which[r]
-            log_z[b] += math.log(product[r])
-            if times == 1:
-                log_z[b] += (lengths[b] - 1) * offsets[g, 0]
-            else:
-                for t in range(1, lengths[b]):
-                    log_z[b] += offsets[g, t - 1]
-            if keep:
-                alpha[b, 0 if flags[b] else lengths[b] :] = 0
+        size = _set_out(lengths, order, begin, (g + 1) * in_group, which, until, y, inverse, k)
+        for r in range(size if keep else 0):
+            home[r] = which[r] * steps
+        _forward_block(
+            emissions, start, end, both[0, g], numbers[:, g], zeros, keep, places, home, q, sums, alpha, log_z, flags,
+            which, until, size, x, y, inverse, totals,
+        )  # fmt: skip
 
 
 @compiled(fastmath=_FAST)
-def backward(  # type: ignore[no-untyped-def]
-    q, sums, alpha, lengths, both, zeros, row_weights, tags, weights, pairs, flags, first, step
+def both_ways(  # type: ignore[no-untyped-def]
+    emissions, start, end, lengths, row_weights, both, numbers, zeros, q, sums, alpha, log_z, flags, tags, pairs,
+    first, step,
 ):  # fmt: skip
-    """The way back of one share: of the blocks of four rows, or of the groups where there are several.
+    """The way forward and back of one share: of the blocks of four rows, or of the groups where there are several.
 
-    q [N, T P], sums [N, T] and alpha [N, T, P] from ``forward``, both [2, G, S, K, P] from ``tables``
-    lengths and row_weights [N]
-    flags [N]: rows that are not 0 are passed over; TINY is set where the way back came close to underflow
-    tags [N, T, K] = probabilities of the tags, times the weight of the row; 0 where there is none
-    weights [N, T, P] if S is not 1, else room for four rows a share: such that the pair (i, j) at (t - 1, t) has
-        probability alpha[t - 1, i] A[i, j] weights[t, j], times the weight of the row; 0 where there is none
+    emissions to numbers as in ``forward``; row_weights [B]
+    q and alpha [N R P] and sums [N, R]: room for N rows of R >= T steps, four a share if S = 1. Else N = B and R = T,
+        and there is left in them: the pair (i, j) at (t - 1, t) has probability alpha[t - 1, i] A[i, j] q[t, j], times
+        the weight of the row; both are 0 where there is none
+    tags [B, T, K]: probabilities of the tags, times the weight of the row; 0 where there is none
     pairs [shares or G, K, K] if S = 1: sums of the probabilities of pairs, times the weights of their rows
     """
-    rows, steps, k = tags.shape
+    rows, steps, k = emissions.shape
     _, groups, times, _, width = both.shape
     dtype = both.dtype
     in_group = rows // groups
     blocks = (in_group + 3) // 4
     order = by_falling_length(lengths, groups, steps)
     one = dtype.type(1)
-    x, y = np.zeros((4, width), dtype), np.zeros((4, width), dtype)
     shared = times == 1
+    x, y = np.zeros((4, width), dtype), np.zeros((4, width), dtype)
     total = np.zeros((width, width), dtype)
-    inverse, totals, by = np.empty(4, dtype), np.empty(4, dtype), np.empty(4, dtype)
-    which, until, home, places = np.zeros((4, 4), np.int64)
+    inverse, totals = np.empty(4, dtype), np.empty(4, dtype)
+    which, until, places = np.zeros((3, 4), np.int64)
     # one group: its blocks are shared out, and each share has sums of its own
     pieces, in_piece = (blocks, 1) if groups == 1 else (groups, blocks)
     for piece in range(first, pieces, step):
         for block in range(piece * in_piece, (piece + 1) * in_piece):
             g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
-            size = min(4, (g + 1) * in_group - begin)
-            longest = 0
+            size = _set_out(lengths, order, begin, (g + 1) * in_group, which, until, y, inverse, k)
             for r in range(size):
-                b = which[r] = order[begin + r]
-                until[r] = 0 if flags[b] else lengths[b]
-                longest = max(longest, until[r])
-                places[r], home[r] = b * steps, (4 * first + r if shared else b) * steps
-                by[r] = row_weights[b]
-            together = until.min() if size == 4 and not zeros else 0  # steps that four rows have in common
-            for t in range(longest - 1, -1, -1):
-                for r in range(size if t >= together - 1 else 0):
-                    if t == until[r] - 1:  # a row begins
-                        inverse[r] = one
-                        for j in range(width):
-                            y[r, j] = one if j < k else one * 0
-                if t < together:
-                    backward_steps(y, inverse, q, places, t, x, alpha, sums, by, tags, k, weights, home, totals, width)
-                else:
-                    for r in range(size):
-                        if t >= until[r]:
-                            continue
-                        backward_step(
-                            y, inverse, q, places, t, x, alpha, sums, by, tags, k, weights, home, totals, width, r
-                        )
-                        least = min(totals[r], one / inverse[r])
-                        if zeros and (least < LEAST_SUM or some_tiny(x[r], k)):
-                            flags[which[r]], until[r] = TINY, 0
-                if t:
-                    s = 0 if shared else t - 1
-                    if size == 1:
-                        product1(x, both[1, g, s], y, k)
-                    else:
-                        product4(x, both[1, g, s], y, k)
+                places[r] = (4 * first + r if shared else which[r]) * sums.shape[1]
+            _forward_block(
+                emissions, start, end, both[0, g], numbers[:, g], zeros, True, places, places, q, sums, alpha, log_z,
+                flags, which, until, size, x, y, inverse, totals,
+            )  # fmt: skip
+            _backward_block(
+                q, sums, alpha, both[1, g], zeros, row_weights, places, tags, flags, which, until, size, x, y,
+                inverse, totals,
+            )  # fmt: skip
             for r in range(size):
-                b, n = which[r], until[r]
+                b, n, at = which[r], until[r], places[r] * width
                 tags[b, n:] = 0
                 if not shared:
-                    weights[b, 0] = 0
-                    weights[b, 1:n] *= one * row_weights[b]
-                    weights[b, n:] = 0
+                    alpha[at + n * width : at + steps * width] = 0
+                    q[at : at + width] = 0
+                    q[at + width : at + n * width] *= one * row_weights[b]
+                    q[at + n * width : at + steps * width] = 0
                 elif n > 1:
-                    at, after = b * steps * width, ((4 * first + r) * steps + 1) * width
-                    add_outer(alpha, at, weights, after, n - 1, one * row_weights[b], total, k)
+                    add_outer(alpha, at, q, at + width, n - 1, one * row_weights[b], total, k)
         if shared and groups > 1:
             for i in range(k):
                 for j in range(k):

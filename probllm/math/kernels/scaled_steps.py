@@ -1,7 +1,7 @@
 """A step of ``chain_scaled`` beside the matrix product, for one row of a block or for its four rows at once.
 
-What belongs to the rows of a block comes in arrays of four entries. q, alpha and weights are flat and hold the K states
-of a step padded to whole vectors of ``width`` entries; the tags are flat too and hold K a step. A step's place in them
+What belongs to the rows of a block comes in arrays of four entries. q and alpha are flat and hold the K states of a
+step padded to whole vectors of ``width`` entries; the tags are flat too and hold K a step. A step's place in them
 is counted in steps: ``begin[r] + t``.
 """
 
@@ -83,24 +83,24 @@ def _forward(lanes: int, rows: int) -> Any:
 
 
 def _backward(lanes: int, rows: int) -> Any:
-    """(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, first): see
+    """(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, first): see
     ``backward_step``."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def backward(
         typingctx: Any, y: Any, inverse: Any, q: Any, begin: Any, t: Any, x: Any, alpha: Any, sums: Any,
-        row_weights: Any, tags: Any, k: Any, weights: Any, home: Any, totals: Any, width: Any, first: Any,
+        row_weights: Any, tags: Any, k: Any, home: Any, totals: Any, width: Any, first: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = _Rows(context, builder, sig.args[0].dtype, lanes, rows, arguments[15])
+            emit = _Rows(context, builder, sig.args[0].dtype, lanes, rows, arguments[14])
             tags_out = Emit(context, builder, sig.args[9].dtype, lanes)
-            y_data, i_data, q_data, begin, x_data, a_data, s_data, by_data, tags_data, w_data, home, totals = (
-                emit.data(sig.args[i], arguments[i]) for i in (0, 1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13)
+            y_data, i_data, q_data, begin, x_data, a_data, s_data, by_data, tags_data, home, totals = (
+                emit.data(sig.args[i], arguments[i]) for i in (0, 1, 2, 3, 5, 6, 7, 8, 9, 11, 12)
             )
-            t, k, width = arguments[4], arguments[10], arguments[14]
+            t, k, width = arguments[4], arguments[10], arguments[13]
             local = [builder.mul(r, width) for r in emit.rows]
-            here, there = emit.places(begin, t, width), emit.places(begin, t, k)
-            out, steps = emit.places(home, t, width), emit.places(begin, t, emit.integer(1))
+            here, there = emit.places(begin, t, width), emit.places(home, t, k)
+            steps = emit.places(begin, t, emit.integer(1))
             by = emit.each(i_data)
             factors = [emit.spread(value) for value in by]
             d_sums, z_sums = [emit.variable() for _ in by], [emit.variable() for _ in by]
@@ -131,13 +131,11 @@ def _backward(lanes: int, rows: int) -> Any:
                         value = change(value, tags_out.vector)
                     tags_out.store_some(value, tags_data, builder.add(there[r], v), builder.sub(k, v))
                     value = emit.times(emit.load(x_data, place), of_pairs[r])
-                    emit.store(value, w_data, builder.add(out[r], v))
+                    emit.store(value, q_data, builder.add(here[r], v))
             return context.get_dummy_value()
 
         return (
-            types.void(
-                y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, first
-            ),
+            types.void(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, first),
             generate,
         )
 
@@ -175,31 +173,31 @@ def forward_steps(y, inverse, q, begin, t, x, alpha, home, there, sums, totals, 
 
 @compiled(inline="always")
 def backward_step(  # type: ignore[no-untyped-def]
-    y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, first
+    y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, first
 ):  # fmt: skip
     """For row ``first``, with beta = y times the inverse sum of the step behind, q, alpha and sums at step t:
 
     x = q beta;  inverse = 1 / sum of x;  totals = z = sum of alpha beta
-    the k tags = row_weight alpha beta / z;  weights at step ``home + t`` = x / (z sums)
+    the k tags at step ``home + t`` = row_weight alpha beta / z;  then q = x / (z sums)
     """
     if width % 16 == 0:
         _backward16(
-            y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, first
+            y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, first
         )  # fmt: skip
     elif width % 8 == 0:
-        _backward8(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, first)
+        _backward8(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, first)
     else:
-        _backward4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, first)
+        _backward4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, first)
 
 
 @compiled(inline="always")
 def backward_steps(  # type: ignore[no-untyped-def]
-    y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width
+    y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width
 ):  # fmt: skip
     """``backward_step`` of four rows."""
     if width % 16 == 0:
-        _backward16x4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, 0)
+        _backward16x4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, 0)
     elif width % 8 == 0:
-        _backward8x4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, 0)
+        _backward8x4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, 0)
     else:
-        _backward4x4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, weights, home, totals, width, 0)
+        _backward4x4(y, inverse, q, begin, t, x, alpha, sums, row_weights, tags, k, home, totals, width, 0)

@@ -127,7 +127,9 @@ _best4x1, _best8x1, _best16x1, _best64x1 = _best(4, 1, 1), _best(8, 1, 1), _best
 _best4x4, _best8x4, _best16x4, _best64x4 = _best(4, 1, 4), _best(8, 1, 4), _best(16, 1, 4), _best(16, 4, 4)
 _best32x4 = _best(16, 2, 4)
 _one4, _one8, _one16, _one64 = _tile(4, 1, 1), _tile(8, 1, 1), _tile(16, 1, 1), _tile(16, 4, 1)
-_outer4, _outer8, _outer16, _outer32 = _outer(4, 1), _outer(8, 1), _outer(16, 1), _outer(16, 2)
+_outer4, _outer8, _outer16, _outer32, _outer64 = (
+    _outer(*shape) for shape in ((4, 1), (8, 1), (16, 1), (16, 2), (16, 4))
+)
 
 
 @compiled(inline="always")  # a call would copy the arrays' headers
@@ -220,7 +222,10 @@ def _outers(x, at, along, m, after, n, by, out, k):  # type: ignore[no-untyped-d
             _outer4(x, at, along, m, after, width, n, by, out, row, 0)
         else:
             column = 0
-            while column + 32 <= width:
+            while column + 64 <= width:
+                _outer64(x, at, along, m, after, width, n, by, out, row, column)
+                column += 64
+            if column + 32 <= width:
                 _outer32(x, at, along, m, after, width, n, by, out, row, column)
                 column += 32
             if column + 16 <= width:
