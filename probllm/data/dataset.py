@@ -195,8 +195,9 @@ def _leaves(example: Example) -> Iterable[tuple[str, Tensor]]:
 
 
 def _tokens(example: Example) -> int | None:
-    """The number of tokens: of the tags, else of the inputs; None where they are pictures or numbers."""
-    tags, inputs = example.get("tags"), example.get("inputs")
+    """The number of tokens: of the tags, else of the inputs, else of the text; None where there are pictures or
+    numbers."""
+    tags, inputs = example.get("tags"), example.get("inputs", example.get("text"))
     if isinstance(tags, Tensor) and tags.ndim:
         return tags.shape[0]
     if isinstance(inputs, Mapping) and "word_index" in inputs:  # subwords: the tokens are the words

@@ -1,5 +1,6 @@
 """Pyro distributions whose sample is a structure, or that have summed one out."""
 
+from probllm.distributions.autoregressive import Autoregressive
 from probllm.distributions.constrained_chain import ConstrainedChain, intersect
 from probllm.distributions.ctc_labels import CTCLabels
 from probllm.distributions.factorial_hidden_markov_model import FactorialHiddenMarkovModel
@@ -19,6 +20,7 @@ from probllm.distributions.spanning_tree import SpanningTree
 from probllm.distributions.structure import StructuredDistribution
 
 __all__ = [
+    "Autoregressive",
     "CTCLabels",
     "ConstrainedChain",
     "FactorialHiddenMarkovModel",

@@ -10,7 +10,9 @@ from probllm.models.hmm_emissions import CategoricalEmissions, Emissions, Poisso
 from probllm.models.hmm_tagger import HMMTagger
 from probllm.models.hsmm import HSMM
 from probllm.models.joint_ngram import JointNGram
+from probllm.models.language_model import LanguageModel
 from probllm.models.model import Model
+from probllm.models.ngram_model import NGramModel
 from probllm.models.semi_markov_tagger import SemiMarkovTagger
 from probllm.models.softmax_tagger import SoftmaxTagger
 
@@ -26,8 +28,10 @@ __all__ = [
     "HMMTagger",
     "HeadSelectionParser",
     "JointNGram",
+    "LanguageModel",
     "MixtureEmissions",
     "Model",
+    "NGramModel",
     "PoissonEmissions",
     "SemiMarkovTagger",
     "SoftmaxTagger",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from probllm.math import ngrams
 from probllm.math.kernels import ngrams as kernels
 from probllm.math.kernels.selection import kth_greatest
-from probllm.math.ngrams import kneser_ney
+from probllm.math.ngrams import kneser_ney, smoothed
 
 SIZE = 4
 BEGIN, END = SIZE, SIZE + 1
@@ -124,3 +124,73 @@ def test_kth_greatest_is_that_of_the_sorted_numbers(numbers: list[float], data: 
 def test_bad_input_is_refused_by_name(arguments: tuple[list[list[int]], int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kneser_ney(*arguments)
+
+
+def seen_before(strings: list[list[int]], history: tuple[int, ...]) -> list[int]:
+    """The tokens that follow a history, each as often as it does."""
+    text = [(BEGIN, *x) for x in strings]
+    n = len(history)
+    return [line[i + n] for line in text for i in range(len(line) - n) if line[i : i + n] == history and i + n > 0]
+
+
+def witten_bell(strings: list[list[int]], history: tuple[int, ...], w: int) -> float:
+    after = seen_before(strings, history)
+    shorter = witten_bell(strings, history[1:], w) if history else 1 / SIZE
+    kinds = len(set(after))
+    return (after.count(w) + kinds * shorter) / (len(after) + kinds) if after else shorter
+
+
+def additive(strings: list[list[int]], history: tuple[int, ...], w: int, k: float) -> float:
+    after = seen_before(strings, history)
+    return (after.count(w) + k) / (len(after) + k * SIZE)
+
+
+histories = st.lists(st.integers(0, SIZE - 1), max_size=6)
+
+
+@given(corpora, histories, st.integers(1, 4))
+def test_witten_bell_is_its_formula_after_every_history(strings: list[list[int]], read: list[int], order: int) -> None:
+    model = smoothed(strings, SIZE, order, "witten-bell")
+    text = [*read, 0]
+    for w in range(SIZE):
+        text[-1] = w
+        found = model.token_log_probs(np.array(text), np.array([len(text)]))[-1]
+        history = (BEGIN, *read)[max(0, len(read) + 2 - order) :]
+        assert math.exp(found) == pytest.approx(witten_bell(strings, history, w))
+
+
+@given(corpora, histories, st.integers(1, 4), st.sampled_from([0.01, 0.5, 1.0, 7.0]))
+def test_additive_is_its_formula_after_every_history(
+    strings: list[list[int]], read: list[int], order: int, k: float
+) -> None:
+    model = smoothed(strings, SIZE, order, "additive", k)
+    text = [*read, 0]
+    for w in range(SIZE):
+        text[-1] = w
+        found = model.token_log_probs(np.array(text), np.array([len(text)]))[-1]
+        assert math.exp(found) == pytest.approx(
+            additive(strings, (BEGIN, *read)[max(0, len(read) + 2 - order) :], w, k)
+        )
+
+
+@pytest.mark.parametrize("smoothing", ["kneser-ney", "witten-bell", "additive"])
+@given(corpora, histories, st.integers(1, 4))
+def test_what_comes_next_sums_to_one_after_every_history_and_is_the_score(
+    smoothing: ngrams.Smoothing, strings: list[list[int]], read: list[int], order: int
+) -> None:
+    model = smoothed(strings, SIZE, order, smoothing)
+    nodes = np.array([model.begin])
+    for w in read:
+        nodes = model.follow(nodes, np.array([w]))
+    found = model.next_log_probs(nodes)[0]
+    assert np.exp(found).sum() == pytest.approx(1.0)
+    for w in range(SIZE):
+        text = np.array([*read, w])
+        assert model.token_log_probs(text, np.array([len(text)]))[-1] == pytest.approx(found[w])
+
+
+def test_additive_smoothing_wants_a_positive_number() -> None:
+    with pytest.raises(ValueError, match="k: expected a number above 0"):
+        smoothed([[0]], 1, 2, "additive", 0.0)
+    with pytest.raises(ValueError, match="smoothing: expected"):
+        smoothed([[0]], 1, 2, "laplace")  # type: ignore[arg-type]

@@ -27,9 +27,9 @@ def follow(node, token, children, tokens, logs, backoffs, suffixes):  # type: ig
             else:
                 high = middle
         if low < children[node + 1] and tokens[low] == token:
-            # a node without children has nothing to say that its suffix does not
+            # a node without children or weight has nothing to say that its suffix does not
             child = low
-            while children[child] == children[child + 1] and child > 0:
+            while children[child] == children[child + 1] and child > 0 and backoffs[child] == 0.0:
                 child = suffixes[child]
             return cost + logs[low], child
         if node == 0:
@@ -45,6 +45,33 @@ def score(strings, ends, begin, model_children, tokens, logs, backoffs, suffixes
         node = begin
         for k in range(ends[n], ends[n + 1]):
             found[k], node = follow(node, strings[k], model_children, tokens, logs, backoffs, suffixes)
+
+
+@compiled()
+def follow_all(nodes, read, children, tokens, logs, backoffs, suffixes, after):  # type: ignore[no-untyped-def]
+    """after [N]: where each node leads with the token read."""
+    for n in range(len(nodes)):
+        _, after[n] = follow(nodes[n], read[n], children, tokens, logs, backoffs, suffixes)
+
+
+@compiled()
+def following(nodes, children, tokens, logs, backoffs, suffixes, found, first, step):  # type: ignore[no-untyped-def]
+    """found [N, size]: log p(token | node), from the shortest history to the longest, which overwrites it."""
+    for n in range(first, len(nodes), step):
+        found[n] = -math.inf
+        end, depth = nodes[n], 1
+        while end != 0:
+            end = suffixes[end]
+            depth += 1
+        for d in range(depth - 1, -1, -1):
+            node = nodes[n]
+            for _ in range(d):
+                node = suffixes[node]
+            for w in range(found.shape[1]):
+                found[n, w] += backoffs[node]
+            for child in range(children[node], children[node + 1]):
+                if tokens[child] < found.shape[1]:
+                    found[n, tokens[child]] = logs[child]
 
 
 @compiled()
