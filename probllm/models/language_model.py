@@ -10,23 +10,14 @@ A model tells ``token_log_probs`` of whole texts, and goes through a text step b
 
 from __future__ import annotations
 
-from typing import Protocol, Self
-
 import pyro
 import torch
 from torch import Tensor
 
+from probllm.decoding.reader import State
 from probllm.distributions.autoregressive import Autoregressive
 from probllm.math.masks import lengths_from_mask
 from probllm.models.model import Batch, Model
-
-
-class State(Protocol):
-    """What a model has read so far, of each row of a batch."""
-
-    def select(self, rows: Tensor) -> Self:
-        """The state of these rows ``[N]`` of the batch, in this order and perhaps repeated."""
-        ...
 
 
 class LanguageModel(Model):

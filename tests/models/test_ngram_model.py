@@ -15,6 +15,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from probllm.data import Dataset
+from probllm.decoding import Beam, Contrastive, Greedy, Sample, generate
 from probllm.math.ngrams import Smoothing
 from probllm.models import NGramModel
 from probllm.training import fit
@@ -206,3 +207,17 @@ def test_bad_input_is_named() -> None:
         model.law({})
     with pytest.raises(ValueError, match="tokens: expected tokens from 0 to 2"):
         model.step(torch.tensor([5]), model.start(torch.zeros(1, 0, dtype=torch.long))[1])
+
+
+def test_it_is_continued_in_every_way_that_needs_no_hidden_states() -> None:
+    model, prompt = estimated(), torch.tensor([[0, 1], [2, 2]])
+    every = every_text(3)["text"]
+    exact = generate(model, prompt, 3, Beam(27), n=27)
+    for row in range(2):
+        whole = torch.cat([prompt[row].expand(27, -1), every], 1)
+        scores = model.token_log_probs({"text": whole})[:, 2:].sum(-1)
+        torch.testing.assert_close(exact.scores[row], scores.sort(descending=True).values)
+    assert torch.equal(generate(model, prompt, 4, Beam(1)).tokens, generate(model, prompt, 4, Greedy()).tokens)
+    assert generate(model, torch.zeros(2, 0, dtype=torch.long), 4, Sample(top_p=0.9), n=3).tokens.shape == (2, 3, 4)
+    with pytest.raises(TypeError, match="contrastive search compares hidden states, and NGramModel has none"):
+        generate(model, prompt, 2, Contrastive())
