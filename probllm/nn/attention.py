@@ -192,7 +192,7 @@ class CrossAttention(Configurable, nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.dim, self.memory_dim, self.dropout = dim, memory_dim or dim, dropout
+        self.dim, self.memory_dim, self.dropout = dim, dim if memory_dim is None else memory_dim, dropout
         self.heads, self.kv_heads, self.head_dim = _head_sizes(dim, heads, kv_heads, head_dim)
         check_positive(memory_dim=self.memory_dim)
         check_dropout("dropout", dropout)

@@ -198,8 +198,8 @@ class RecurrentDecoder(Decoder):
         # Variational dropout: the same units at all positions.
         kept: list[Tensor | None] = [None] * len(self.layers)
         if self.training and self.dropout:
-            sizes = [layer.input_size for layer in self.layers]
-            ones = [inputs.new_ones(inputs.shape[0], 1, size) for size in sizes]  # type: ignore[arg-type]
+            sizes = [inputs.shape[2] + state.memory.shape[2]] + [self.dim] * (len(self.layers) - 1)
+            ones = [inputs.new_ones(inputs.shape[0], 1, size) for size in sizes]
             kept = [F.dropout(one, self.dropout) for one in ones]
         states = []
         for t in range(inputs.shape[1]):
