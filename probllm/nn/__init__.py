@@ -5,6 +5,7 @@ from probllm.nn.biaffine import BiaffineArcs
 from probllm.nn.cache import KeyValueCache
 from probllm.nn.config import Configurable, from_config, to_config
 from probllm.nn.convolution import ConvolutionEncoder
+from probllm.nn.decoder import Decoder, DecoderCache
 from probllm.nn.embeddings import (
     CharacterCNN,
     FeatureEmbedding,
@@ -14,13 +15,16 @@ from probllm.nn.embeddings import (
 )
 from probllm.nn.encoder import Encoder
 from probllm.nn.feedforward import FeedForwardEncoder
+from probllm.nn.packing import pack, segment_lengths, unpack
 from probllm.nn.patches import PatchEmbedding, PatchEncoder
 from probllm.nn.potentials import ChainPotentials, TransitionScores
 from probllm.nn.recurrent import RecurrentEncoder
+from probllm.nn.recurrent_decoder import RecurrentDecoder, RecurrentState
 from probllm.nn.segment_scores import SegmentScores
 from probllm.nn.spans import SpanScores
 from probllm.nn.subwords import SubwordPooling, pool_subwords
-from probllm.nn.transformer import TransformerEncoder, TransformerLayer
+from probllm.nn.transformer import TransformerDecoder, TransformerEncoder
+from probllm.nn.transformer_layer import TransformerLayer
 
 __all__ = [
     "BiaffineArcs",
@@ -29,17 +33,22 @@ __all__ = [
     "Configurable",
     "ConvolutionEncoder",
     "CrossAttention",
+    "Decoder",
+    "DecoderCache",
     "Encoder",
     "FeatureEmbedding",
     "FeedForwardEncoder",
     "KeyValueCache",
     "PatchEmbedding",
     "PatchEncoder",
+    "RecurrentDecoder",
     "RecurrentEncoder",
+    "RecurrentState",
     "SegmentScores",
     "SelfAttention",
     "SpanScores",
     "SubwordPooling",
+    "TransformerDecoder",
     "TransformerEncoder",
     "TransformerLayer",
     "TransitionScores",
@@ -47,6 +56,9 @@ __all__ = [
     "WordEmbedding",
     "WordRepresentation",
     "from_config",
+    "pack",
     "pool_subwords",
+    "segment_lengths",
     "to_config",
+    "unpack",
 ]

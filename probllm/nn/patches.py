@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from probllm.nn.encoder import Encoder, Inputs, check_mask, check_positive, pick, zero_padding
-from probllm.nn.transformer import Activation, Norm, TransformerEncoder
+from probllm.nn.transformer import TransformerEncoder
+from probllm.nn.transformer_layer import Activation, Norm
 
 
 class PatchEmbedding(Encoder):

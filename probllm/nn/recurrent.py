@@ -51,8 +51,8 @@ class RecurrentEncoder(Encoder):
         self.dim = hidden * (2 if bidirectional else 1)
         self.cell, self.bidirectional, self.dropout = cell, bidirectional, dropout
         sizes = [self.embedding.dim] + [self.dim] * (layers - 1)
-        self.forwards = nn.ModuleList(_layer(cell, size, hidden) for size in sizes)
-        self.backwards = nn.ModuleList(_layer(cell, size, hidden) for size in sizes) if bidirectional else None
+        self.forwards = nn.ModuleList(recurrent_layer(cell, size, hidden) for size in sizes)
+        self.backwards = nn.ModuleList(recurrent_layer(cell, size, hidden) for size in sizes) if bidirectional else None
 
     def forward(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
         """States ``[B, L, dim]``; where ``mask`` is False a position is skipped as if it were not there."""
@@ -85,7 +85,8 @@ class RecurrentEncoder(Encoder):
         return states * F.dropout(states.new_ones(states.shape[0], 1, states.shape[2]), self.dropout)
 
 
-def _layer(cell: str, size: int, hidden: int) -> nn.RNNBase:
+def recurrent_layer(cell: str, size: int, hidden: int) -> nn.RNNBase:
+    """One layer in one direction: orthogonal recurrent weights, Xavier's for the input, biases 0, forget gates open."""
     layer = _CELLS[cell](size, hidden, batch_first=True)
     for name, weight in layer.named_parameters():
         for gate in weight.detach().chunk(len(weight) // hidden):
@@ -112,20 +113,55 @@ def _run(cell: str, layer: nn.Module, inputs: Tensor) -> Tensor:
     weight = layer.weight_hh_l0
     assert isinstance(weight, Tensor)
     if in_transform(inputs, weight):
-        return _step_by_step(cell, layer, inputs)
+        return _step_by_step(cell, layer, inputs)[0]
     states: Tensor = layer(inputs)[0]
     return states
 
 
-def _step_by_step(cell: str, layer: nn.Module, inputs: Tensor) -> Tensor:
+def recurrence(
+    cell: str, layer: nn.Module, inputs: Tensor, state: tuple[Tensor, Tensor], mask: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer from left to right, on from a state.
+
+    Args:
+        cell: ``"rnn"``, ``"lstm"`` or ``"gru"``.
+        layer: torch's module of that cell, one layer in one direction.
+        inputs: ``[B, L, n]``.
+        state: hidden state and cell before the first position, ``[B, H]`` each; without a cell, the hidden state twice.
+        mask: ``[B, L]``; a position where it is False leaves the state as it is.
+    Returns:
+        Hidden states ``[B, L, H]``, and the state after the last position.
+    """
+    weight = layer.weight_hh_l0
+    assert isinstance(weight, Tensor)
+    if mask is not None or in_transform(inputs, weight, *state):
+        return _step_by_step(cell, layer, inputs, state, mask)
+    hidden, memory = (part.unsqueeze(0).to(inputs.dtype).contiguous() for part in state)
+    if cell == "lstm":
+        states, (hidden, memory) = layer(inputs, (hidden, memory))
+        return states, (hidden[0], memory[0])
+    states, hidden = layer(inputs, hidden)
+    return states, (hidden[0], hidden[0])
+
+
+def _step_by_step(
+    cell: str,
+    layer: nn.Module,
+    inputs: Tensor,
+    state: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The recurrence in plain operations, gates in torch's order (LSTM: i, f, g, o; GRU: r, z, n)."""
     w_ih, w_hh, b_ih, b_hh = (
         getattr(layer, name) for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
     )
     from_input = F.linear(inputs, w_ih, b_ih)  # [B, L, gates * H]
     h = c = from_input.new_zeros(inputs.shape[0], w_hh.shape[1])
+    if state is not None:
+        h, c = state
     states = []
-    for x in from_input.unbind(1):
+    for t, x in enumerate(from_input.unbind(1)):
+        before = h, c
         u = F.linear(h, w_hh, b_hh)
         if cell == "rnn":
             h = torch.tanh(x + u)
@@ -137,5 +173,8 @@ def _step_by_step(cell: str, layer: nn.Module, inputs: Tensor) -> Tensor:
             (x_r, x_z, x_n), (u_r, u_z, u_n) = x.chunk(3, -1), u.chunk(3, -1)
             r, z = torch.sigmoid(x_r + u_r), torch.sigmoid(x_z + u_z)
             h = (1 - z) * torch.tanh(x_n + r * u_n) + z * h
+        if mask is not None:
+            real = mask[:, t, None]
+            h, c = torch.where(real, h, before[0]), torch.where(real, c, before[1])
         states.append(h)
-    return torch.stack(states, 1)
+    return torch.stack(states, 1), (h, c if cell == "lstm" else h)

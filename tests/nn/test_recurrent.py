@@ -37,7 +37,7 @@ def test_states_are_those_of_packed_sequences(cell, bidirectional, lengths, laye
 def test_step_by_step_is_the_fused_recurrence(cell, batch, length):
     layer = CELLS[cell](3, 4, batch_first=True).double()
     vectors = torch.randn(batch, length, 3, dtype=torch.float64)
-    torch.testing.assert_close(_step_by_step(cell, layer, vectors), layer(vectors)[0])
+    torch.testing.assert_close(_step_by_step(cell, layer, vectors)[0], layer(vectors)[0])
 
 
 def test_dropout_drops_the_same_units_at_all_positions_of_a_row():
