@@ -42,6 +42,7 @@ from probllm.data.tagging import TaggingVocabulary
 from probllm.data.transduction import Pair, TransductionVocabulary
 from probllm.data.turkish import turkish_treebank
 from probllm.data.vocabulary import Vocabulary
+from probllm.data.windows import Windows
 from probllm.data.word_classes import WordClasses
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "TransductionVocabulary",
     "TreebankSentence",
     "Vocabulary",
+    "Windows",
     "WordClasses",
     "WordPieces",
     "bio_rules",

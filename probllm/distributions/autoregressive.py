@@ -27,6 +27,7 @@ class Autoregressive(TorchDistribution):  # type: ignore[misc]
         lengths: ``[*batch]`` tokens, each from 1 to T.
         steps: T.
         size: tokens go from 0 to ``size - 1``.
+        known: a value ``[*batch, T]`` and what ``score`` gave for it: a program finds it while its weights are its own.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
@@ -39,8 +40,9 @@ class Autoregressive(TorchDistribution):  # type: ignore[misc]
         lengths: Tensor,
         steps: int,
         size: int,
+        known: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self._score, self._draw, self.lengths, self.size = score, draw, lengths, size
+        self._score, self._draw, self.lengths, self.size, self._known = score, draw, lengths, size, known
         self._rows = torch.arange(lengths.numel(), device=lengths.device).view(lengths.shape)
         super().__init__(lengths.shape, torch.Size([steps]), validate_args=False)
 
@@ -50,7 +52,8 @@ class Autoregressive(TorchDistribution):  # type: ignore[misc]
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
         shape = torch.Size(batch_shape)
-        law = Autoregressive(self._score, self._draw, self.lengths.expand(shape), self.event_shape[0], self.size)
+        steps = self.event_shape[0]
+        law = Autoregressive(self._score, self._draw, self.lengths.expand(shape), steps, self.size, self._known)
         law._rows = self._rows.expand(shape)
         return law
 
@@ -65,6 +68,8 @@ class Autoregressive(TorchDistribution):  # type: ignore[misc]
             raise ValueError(f"value: expected shape [..., {steps}], got {list(value.shape)}")
         shape = broadcast_shapes(value.shape[:-1], self.batch_shape)
         mask = mask_from_lengths(self.lengths, steps).expand(*shape, steps)
+        if self._known is not None and value is self._known[0]:
+            return torch.where(mask, self._known[1], 0.0).sum(-1)
         value = torch.where(mask, value.expand(*shape, steps), 0)
         if value.numel() and not bool(((value >= 0) & (value < self.size)).all()):
             raise ValueError(

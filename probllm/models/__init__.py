@@ -1,5 +1,6 @@
 """Models: an encoder, potentials and a law, as a Pyro program with the same verbs everywhere; one file a model."""
 
+from probllm.models.causal_lm import CausalLM
 from probllm.models.crf_tagger import CRFTagger
 from probllm.models.ctc_transducer import CTCTransducer
 from probllm.models.dependency_parser import DependencyParser
@@ -22,6 +23,7 @@ __all__ = [
     "CRFTagger",
     "CTCTransducer",
     "CategoricalEmissions",
+    "CausalLM",
     "DependencyParser",
     "Emissions",
     "GaussianEmissions",

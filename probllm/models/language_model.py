@@ -2,7 +2,9 @@
 
 A batch is ``{"text": [B, L], "mask": [B, L]}``: tokens from 0 to ``size - 1`` and, on the right, padding. The first
 token of a row is predicted from nothing; where texts end, the end is a token of its own, which stands in the text.
-Given the lengths in ``mask`` the texts of a length sum to 1; a text that is missing is drawn.
+Given the lengths in ``mask`` the texts of a length sum to 1; a text that is missing is drawn. Tokens that stand before
+the text, and are read but not predicted, may be given as ``prefix`` ``[B, P]``: a prompt, or the end of the window
+before.
 
 A model tells ``token_log_probs`` of whole texts, and goes through a text step by step: ``start`` reads a prompt and
 ``step`` one token more, both giving the log probabilities of the next. ``decoding.generate`` asks for nothing else.
@@ -14,6 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from probllm.decoding.generate import generate
 from probllm.decoding.reader import State
 from probllm.distributions.autoregressive import Autoregressive
 from probllm.math.masks import lengths_from_mask
@@ -47,7 +50,7 @@ class LanguageModel(Model):
 
     def law(self, batch: Batch) -> Autoregressive:
         """The law of a batch's texts, given their lengths."""
-        text, mask = batch.get("text"), batch.get("mask")
+        text, mask, prefix = batch.get("text"), batch.get("mask"), batch.get("prefix")
         if mask is None:
             if text is None:
                 raise ValueError("batch: expected text or mask, to know the lengths; got neither")
@@ -55,12 +58,15 @@ class LanguageModel(Model):
         lengths = lengths_from_mask(mask)
 
         def score(value: Tensor, rows: Tensor) -> Tensor:
-            return self.token_log_probs({"text": value, "mask": mask[rows]})
+            before = {} if prefix is None else {"prefix": prefix[rows]}
+            return self.token_log_probs({"text": value, "mask": mask[rows], **before})
 
         def draw(rows: Tensor) -> Tensor:
-            return self._draw(len(rows), mask.shape[1])
+            nothing = torch.zeros(len(rows), 0, dtype=torch.long, device=mask.device)
+            return self._draw(nothing if prefix is None else prefix[rows], mask.shape[1])
 
-        return Autoregressive(score, draw, lengths, mask.shape[1], self.size)
+        known = None if text is None else (text, self.token_log_probs(batch))
+        return Autoregressive(score, draw, lengths, mask.shape[1], self.size, known)
 
     def forward(self, batch: Batch) -> Tensor:
         law = self.law(batch)
@@ -72,17 +78,27 @@ class LanguageModel(Model):
         """Log probability of each text, ``[B]``, in nats."""
         return self.token_log_probs(batch).sum(-1)
 
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """The text that greedy decoding finds, of each row's length, ``[B, L]``; 0 on padding. Of a text in the batch
+        only the lengths count."""
+        mask = batch["mask"] if "mask" in batch else torch.ones_like(batch["text"], dtype=torch.bool)
+        prefix = batch.get("prefix")
+        prompt = torch.zeros(len(mask), 0, dtype=torch.long, device=mask.device) if prefix is None else prefix
+        found = generate(self, prompt, mask.shape[1]).tokens[:, 0]
+        return found.where(mask, 0)
+
     def sample(self, n: int, batch: Batch | None = None) -> Tensor:
         """``n`` texts of the lengths in a batch, ``[n, B, L]``."""
         if batch is None:
             raise ValueError("batch: expected one with a mask, to know the lengths; got None")
-        return self.law({"mask": batch["mask"]} if "mask" in batch else batch).sample((n,))
+        bare = {key: value for key, value in batch.items() if key != "text" or "mask" not in batch}
+        return self.law(bare).sample((n,))
 
-    def _draw(self, rows: int, steps: int) -> Tensor:
-        """Texts ``[rows, steps]``, from nothing."""
-        device = next((x.device for x in (*self.parameters(), *self.buffers())), torch.device("cpu"))
-        log_probs, state = self.start(torch.zeros(rows, 0, dtype=torch.long, device=device))
-        text = torch.zeros(rows, steps, dtype=torch.long, device=device)
+    def _draw(self, prefix: Tensor, steps: int) -> Tensor:
+        """Texts ``[rows, steps]`` that go on from prefixes ``[rows, P]``."""
+        log_probs, state = self.start(prefix)
+        text = prefix.new_zeros(len(prefix), steps)
         for t in range(steps):
             text[:, t] = torch.distributions.Categorical(logits=log_probs).sample()
             if t + 1 < steps:
@@ -99,3 +115,10 @@ def check_text(text: Tensor, mask: Tensor | None, size: int, name: str = "text")
     real = text if mask is None else torch.where(mask, text, 0)
     if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < size:
         raise ValueError(f"{name}: expected tokens from 0 to {size - 1}, got {int(real.min())} to {int(real.max())}")
+
+
+def check_prefix(prefix: Tensor, text: Tensor, size: int) -> None:
+    """Raises for prefixes that are not long tokens ``[B, P]`` in range, for texts ``[B, L]``."""
+    check_text(prefix, None, size, "prefix")
+    if len(prefix) != len(text):
+        raise ValueError(f"prefix: expected {len(text)} rows, as of text, got {len(prefix)}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from probllm.math.masks import lengths_from_mask
 from probllm.math.ngrams import NGrams, Smoothing, smoothed
 from probllm.models.arpa import read_arpa, write_arpa
-from probllm.models.language_model import LanguageModel, check_text
+from probllm.models.language_model import LanguageModel, check_prefix, check_text
 from probllm.models.model import Batch
 
 # of the n-grams, as ``NGrams`` orders them
@@ -87,13 +87,19 @@ class NGramModel(LanguageModel):
 
     def token_log_probs(self, batch: Batch) -> Tensor:
         """Log probability of each token given those before it, ``[B, L]`` in float64, in nats; 0 on padding."""
-        text, mask = batch["text"], batch.get("mask")
+        text, mask, prefix = batch["text"], batch.get("mask"), batch.get("prefix")
         check_text(text, mask, self.size)
         lengths = torch.full((len(text),), text.shape[1]) if mask is None else lengths_from_mask(mask).cpu()
-        real = torch.arange(text.shape[1]) < lengths[:, None]
-        found = torch.zeros(text.shape, dtype=torch.float64)
-        found[real] = torch.from_numpy(self.ngrams.token_log_probs(text.cpu()[real].numpy(), lengths.numpy()))
-        return found.to(text.device)
+        before, whole = 0, text
+        if prefix is not None:
+            check_prefix(prefix, text, self.size)
+            before, whole = prefix.shape[1], torch.cat([prefix, text], 1)
+        real = torch.arange(whole.shape[1]) < before + lengths[:, None]
+        found = torch.zeros(whole.shape, dtype=torch.float64)
+        found[real] = torch.from_numpy(
+            self.ngrams.token_log_probs(whole.cpu()[real].numpy(), (before + lengths).numpy())
+        )
+        return found[:, before:].to(text.device)
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, NGramState]:
         check_text(prompt, mask, self.size, "prompt")

@@ -1,0 +1,155 @@
+"""Neural language models: the battery of a model, a law over texts, and reading step by step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from probllm.decoding import Beam, Contrastive, Greedy, Sample, generate
+from probllm.models import CausalLM
+from probllm.nn import RecurrentDecoder, TransformerDecoder, WordEmbedding
+from tests.models.battery import CHECKS, Case
+
+SIZE = 5
+TEXT = torch.tensor([[0, 3, 1, 4], [2, 2, 0, 0], [1, 0, 4, 0]])
+MASK = torch.tensor([[True] * 4, [True, True, False, False], [True, True, True, False]])
+PREFIX = torch.tensor([[1, 2], [3, 3], [0, 4]])
+
+
+def transformer(**options: Any) -> CausalLM:
+    return CausalLM(TransformerDecoder(SIZE + 1, dim=8, layers=2, heads=2, dropout=0.0, **options))
+
+
+MAKERS: dict[str, Callable[[], CausalLM]] = {
+    "transformer": transformer,
+    "learned positions": lambda: transformer(positions="learned", max_length=16),
+    "lstm": lambda: CausalLM(RecurrentDecoder(SIZE + 1, hidden=8, layers=2)),
+    "gru, a head of its own": lambda: CausalLM(
+        RecurrentDecoder(WordEmbedding(SIZE + 1, 6), hidden=8, cell="gru"), tied=False
+    ),
+    "begin among the tokens": lambda: CausalLM(
+        TransformerDecoder(SIZE, dim=8, layers=1, heads=2, dropout=0.0), begin=2
+    ),
+}
+makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+CASES = [
+    *(Case(name, make, {"text": TEXT, "mask": MASK}, target="text") for name, make in MAKERS.items()),
+    Case("with prefixes", transformer, {"text": TEXT, "mask": MASK, "prefix": PREFIX}, target="text"),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_battery(case: Case, check: Callable[[Case], None]) -> None:
+    check(case)
+
+
+def made(make: Callable[[], CausalLM]) -> CausalLM:
+    torch.manual_seed(3)
+    model = make().double().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0)  # far from uniform
+    return model
+
+
+@makers
+def test_texts_of_a_length_sum_to_one(make: Callable[[], CausalLM]) -> None:
+    every = torch.tensor(list(itertools.product(range(SIZE), repeat=3)))
+    for prefix in ({}, {"prefix": PREFIX[:1].expand(len(every), -1)}):
+        log_prob = made(make).log_prob({"text": every, **prefix})
+        assert float(log_prob.exp().sum()) == pytest.approx(1.0)
+
+
+@makers
+def test_reading_step_by_step_gives_the_score_of_each_token(make: Callable[[], CausalLM]) -> None:
+    model = made(make)
+    expected = model.token_log_probs({"text": TEXT})
+    for read in range(4):
+        log_probs, state = model.start(TEXT[:, :read])
+        for t in range(read, 4):
+            torch.testing.assert_close(log_probs.gather(1, TEXT[:, t : t + 1]).squeeze(1), expected[:, t])
+            torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3).to(log_probs))
+            log_probs, state = model.step(TEXT[:, t], state)
+
+
+@makers
+def test_padding_on_either_side_of_a_prompt_changes_nothing(make: Callable[[], CausalLM]) -> None:
+    model = made(make)
+    bare, after = model.start(torch.tensor([[0, 1]]))
+    bare_next, _ = model.step(torch.tensor([3]), after)
+    prompts = torch.tensor([[2, 0, 1], [0, 1, 2], [0, 2, 1]])
+    masks = torch.tensor([[False, True, True], [True, True, False], [True, False, True]])
+    padded, state = model.start(prompts, masks)
+    torch.testing.assert_close(padded, bare.expand(3, -1))
+    padded_next, _ = model.step(torch.tensor([3, 3, 3]), state.select(torch.tensor([2, 0, 1])))
+    torch.testing.assert_close(padded_next, bare_next.expand(3, -1))
+
+
+@makers
+def test_the_future_and_what_stands_on_padding_change_no_score(make: Callable[[], CausalLM]) -> None:
+    model = made(make)
+    found = model.token_log_probs({"text": TEXT, "mask": MASK})
+    other = torch.where(MASK, TEXT, 99)
+    torch.testing.assert_close(model.token_log_probs({"text": other, "mask": MASK}), found)
+    assert not found[~MASK].any()
+    later = TEXT.clone()
+    later[:, 2:] = 1
+    torch.testing.assert_close(
+        model.token_log_probs({"text": later})[:, :2], model.token_log_probs({"text": TEXT})[:, :2]
+    )
+
+
+def test_a_prefix_is_read_and_not_scored() -> None:
+    model = made(transformer)
+    whole = model.token_log_probs({"text": torch.cat([PREFIX, TEXT], 1)})
+    torch.testing.assert_close(model.token_log_probs({"text": TEXT, "prefix": PREFIX}), whole[:, 2:])
+
+
+@makers
+def test_it_is_continued_in_every_way(make: Callable[[], CausalLM]) -> None:
+    model = made(make)
+    prompt = PREFIX
+    every = torch.tensor(list(itertools.product(range(SIZE), repeat=2)))
+    exact = generate(model, prompt, 2, Beam(SIZE**2), n=SIZE**2)
+    for row in range(3):
+        whole = {"text": every, "prefix": prompt[row].expand(len(every), -1)}
+        torch.testing.assert_close(exact.scores[row], model.log_prob(whole).sort(descending=True).values)
+    greedy = generate(model, prompt, 4, Greedy())
+    assert torch.equal(generate(model, prompt, 4, Beam(1)).tokens, greedy.tokens)
+    assert torch.equal(generate(model, prompt, 4, Contrastive(3, 0.0)).tokens, greedy.tokens)
+    assert generate(model, prompt, 4, Contrastive(3, 0.9)).tokens.shape == (3, 1, 4)
+    drawn = generate(model, prompt, 4, Sample(), n=2)
+    scores = model.log_prob({"text": drawn.tokens.flatten(0, 1), "prefix": prompt.repeat_interleave(2, 0)})
+    torch.testing.assert_close(drawn.scores.flatten(), scores)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"text": torch.tensor([[5]])}, "text: expected tokens from 0 to 4, got 5 to 5"),
+        ({"text": torch.zeros(1, 2)}, "text: expected long tokens"),
+        ({"text": TEXT, "prefix": PREFIX[:1]}, "prefix: expected 3 rows"),
+        ({"text": TEXT, "prefix": PREFIX + 9}, "prefix: expected tokens from 0 to 4"),
+        ({"text": TEXT, "mask": MASK[:1]}, r"mask: expected shape \[3, 4\]"),
+    ],
+)
+def test_bad_batches_are_named(batch: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        transformer().log_prob(batch)
+
+
+def test_bad_decoders_and_long_prompts_are_named() -> None:
+    with pytest.raises(ValueError, match="decoder has a memory_dim"):
+        CausalLM(TransformerDecoder(SIZE + 1, dim=8, layers=1, heads=2, memory_dim=8))
+    with pytest.raises(ValueError, match="begin: expected a token from 0 to 5"):
+        CausalLM(TransformerDecoder(SIZE + 1, dim=8, layers=1, heads=2), begin=6)
+    with pytest.raises(ValueError, match="to be tied"):
+        CausalLM(RecurrentDecoder(WordEmbedding(SIZE + 1, 6), hidden=8))
+    model = transformer(positions="learned", max_length=6)
+    with pytest.raises(ValueError, match="max_length"):
+        generate(model, torch.zeros(1, 7, dtype=torch.long), 2)
