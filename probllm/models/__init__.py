@@ -12,6 +12,7 @@ from probllm.models.hmm_tagger import HMMTagger
 from probllm.models.hsmm import HSMM
 from probllm.models.joint_ngram import JointNGram
 from probllm.models.language_model import LanguageModel
+from probllm.models.mixture_lm import MixtureLM
 from probllm.models.model import Model
 from probllm.models.ngram_model import NGramModel
 from probllm.models.semi_markov_tagger import SemiMarkovTagger
@@ -32,6 +33,7 @@ __all__ = [
     "JointNGram",
     "LanguageModel",
     "MixtureEmissions",
+    "MixtureLM",
     "Model",
     "NGramModel",
     "PoissonEmissions",
