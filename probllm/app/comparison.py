@@ -23,6 +23,7 @@ COMPARISONS = {
     "tagging": "Does a law over whole tag sequences tag better than a decision at each word?",
     "parsing": "Does a law over whole trees parse better than a head chosen for each word?",
     "alignment": "Do letters find their phonemes better if they are aligned first, or if all alignments are summed?",
+    "language": "Does a network or a table of counts predict a small text better, and what do they do together?",
 }
 
 Value = Estimate | float | None
@@ -129,6 +130,14 @@ class Picture:
     """The heading that it stands under."""
 
 
+class Text(NamedTuple):
+    """What a model wrote."""
+
+    title: str
+    caption: str
+    text: str
+
+
 @dataclass
 class Outcome:
     """What a comparison found."""
@@ -142,6 +151,8 @@ class Outcome:
     contrasts: list[Contrast] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+    """Shown side by side."""
 
     def best(self, measure: Measure) -> set[str]:
         """The models whose value of a measure is the best as shown (none where neither more nor less is better)."""

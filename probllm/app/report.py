@@ -58,6 +58,7 @@ figure:not(.wide) svg { max-width: 100%; }
 figure svg text { fill: currentColor; }
 figcaption { margin-top: .4rem; max-width: 52rem; }
 figcaption b { color: var(--ink); }
+pre { margin: 0; font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -91,6 +92,9 @@ def print_table(outcome: Outcome, console: Console) -> None:
         console.print(Text(_sentence(outcome, contrast)), soft_wrap=True)
     for note in outcome.notes:
         console.print(Text(note, style="dim"), soft_wrap=True)
+    for text in outcome.texts:
+        console.print(Text(f"{text.title} {text.caption}:", style="bold"), soft_wrap=True)
+        console.print(Text(text.text))
 
 
 def write_json(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -107,6 +111,7 @@ def write_json(outcomes: Sequence[Outcome], path: Path) -> None:
             "rows": [asdict(row) | {"values": {k: _plain(v) for k, v in row.values.items()}} for row in outcome.rows],
             "contrasts": [c._asdict() | {"difference": _plain(c.difference)} for c in outcome.contrasts],
             "notes": outcome.notes,
+            "texts": [text._asdict() for text in outcome.texts],
         }
         for outcome in outcomes
     ]
@@ -169,6 +174,13 @@ def _section(outcome: Outcome) -> str:
         items = "".join(f"<li>{escape(_sentence(outcome, contrast))}</li>\n" for contrast in outcome.contrasts)
         parts.append(f"<h3>Differences on the same sentences</h3>\n<ul>{items}</ul>")
     parts += [f"<p class='soft'>{escape(note)}</p>" for note in outcome.notes]
+    if outcome.texts:
+        written = "".join(
+            f"<figure><pre>{escape(text.text)}</pre><figcaption><b>{escape(text.title)}</b> "
+            f"{escape(text.caption)}.</figcaption></figure>\n"
+            for text in outcome.texts
+        )
+        parts.append(f'<h3>Written by the models</h3>\n<div class="pictures three">\n{written}</div>')
     for group in dict.fromkeys(picture.group for picture in outcome.pictures):
         # The number keeps apart the ids of two pictures in one page.
         members = [(f"{outcome.name}-{n}", p) for n, p in enumerate(outcome.pictures) if p.group == group]

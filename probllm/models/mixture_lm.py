@@ -80,6 +80,17 @@ class MixtureLM(LanguageModel):
             self.weights.copy_(sums / sums.sum(-1, keepdim=True))
         return history
 
+    @torch.no_grad()
+    def token_shares(self, data: Any, batch_size: int = 64) -> Tensor:
+        """The weight of each model ``[M]``, averaged over the tokens of some texts."""
+        found = torch.zeros_like(self.weights[0])
+        count = 0
+        for batch in data.batches(batch_size=batch_size, shuffle=False):
+            weights = self.weights[self.ngram.confidence(self.ngram.histories(batch))]
+            weights = weights[batch["mask"]] if "mask" in batch else weights.flatten(0, 1)
+            found, count = found + weights.sum(0), count + len(weights)
+        return found / count
+
     def token_log_probs(self, batch: Batch) -> Tensor:
         """Log probability of each token given those before it, ``[B, L]`` in float64, in nats; 0 on padding."""
         log_probs, classes = self._scored(batch)
