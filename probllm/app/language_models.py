@@ -99,8 +99,10 @@ def recurrent(task: Task, size: Size) -> Decoder:
 
 
 def transformer(task: Task, size: Size) -> Decoder:
-    """A Transformer with rotary positions."""
-    return TransformerDecoder(len(task.vocabulary) + 1, size.dim, size.layers, 4, dropout=size.dropout)
+    """A Transformer with rotary positions, which looks back as far as a window of training goes."""
+    return TransformerDecoder(
+        len(task.vocabulary) + 1, size.dim, size.layers, 4, dropout=size.dropout, window=size.window
+    )
 
 
 def neural(
