@@ -9,6 +9,7 @@ from probllm.nn.decoder import Decoder, DecoderCache
 from probllm.nn.embeddings import (
     CharacterCNN,
     FeatureEmbedding,
+    TypedWordEmbedding,
     VectorInputs,
     WordEmbedding,
     WordRepresentation,
@@ -18,6 +19,15 @@ from probllm.nn.feedforward import FeedForwardEncoder
 from probllm.nn.packing import pack, segment_lengths, unpack
 from probllm.nn.patches import PatchEmbedding, PatchEncoder
 from probllm.nn.potentials import ChainPotentials, TransitionScores
+from probllm.nn.pretrained import (
+    PretrainedEncoder,
+    read_bert,
+    read_gpt2,
+    read_llama,
+    write_bert,
+    write_gpt2,
+    write_llama,
+)
 from probllm.nn.recurrent import RecurrentEncoder
 from probllm.nn.recurrent_decoder import RecurrentDecoder, RecurrentState
 from probllm.nn.segment_scores import SegmentScores
@@ -41,6 +51,7 @@ __all__ = [
     "KeyValueCache",
     "PatchEmbedding",
     "PatchEncoder",
+    "PretrainedEncoder",
     "RecurrentDecoder",
     "RecurrentEncoder",
     "RecurrentState",
@@ -52,13 +63,20 @@ __all__ = [
     "TransformerEncoder",
     "TransformerLayer",
     "TransitionScores",
+    "TypedWordEmbedding",
     "VectorInputs",
     "WordEmbedding",
     "WordRepresentation",
     "from_config",
     "pack",
     "pool_subwords",
+    "read_bert",
+    "read_gpt2",
+    "read_llama",
     "segment_lengths",
     "to_config",
     "unpack",
+    "write_bert",
+    "write_gpt2",
+    "write_llama",
 ]

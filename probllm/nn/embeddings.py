@@ -59,6 +59,36 @@ class WordEmbedding(Encoder):
         return zero_padding(F.embedding(words, self.weight), mask)
 
 
+class TypedWordEmbedding(WordEmbedding):
+    """A vector for each id plus one for the type of its token: which of two sentences it is of, in BERT's inputs.
+
+    The types are the entry ``types`` ``[B, L]`` of a dict of inputs; without one, all are of type 0.
+
+    Args:
+        vocabulary_size, dim: as in ``WordEmbedding``.
+        types: number of types.
+        key: entry of a dict of inputs to read the ids from.
+    Source: Devlin et al. (2019), section 3.
+    """
+
+    def __init__(self, vocabulary_size: int, dim: int, types: int = 2, key: str = "words") -> None:
+        super().__init__(vocabulary_size, dim, unknown=min(1, vocabulary_size - 1), key=key)
+        check_positive(types=types)
+        self.types = types
+        self.type_weight = nn.Parameter(torch.randn(types, dim) / dim**0.5)
+
+    def forward(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
+        """``[B, L, dim]`` from ids ``[B, L]``, or a dict of ids and types."""
+        vectors = super().forward(inputs, mask)
+        if isinstance(inputs, Tensor) or "types" not in inputs:
+            return zero_padding(vectors + self.type_weight[0], mask)
+        types = inputs["types"]
+        check_ids("types", types, self.types, rank=2)
+        if types.shape != vectors.shape[:2]:
+            raise ValueError(f"types has shape {list(types.shape)}; expected {list(vectors.shape[:2])}")
+        return zero_padding(vectors + F.embedding(types, self.type_weight), mask)
+
+
 class CharacterCNN(Encoder):
     """A vector of a word from its characters: convolutions of several widths, then the maximum over the word.
 
