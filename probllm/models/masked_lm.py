@@ -3,9 +3,9 @@
     p(hidden | the others) = prod over hidden t of softmax(W transform(h_t) + b)[x_t],      h = encoder(corrupted text)
 
 A batch is ``{"inputs", "mask", "hidden", "target"}``, each ``[B, L]``: ``inputs`` is the corrupted text, ``hidden``
-says which tokens are asked for, and ``target`` has them (what stands elsewhere does not count). ``data.Masked`` makes such
-batches. The hidden tokens are independent given the others: that is the law of Devlin et al.
-(2019), no law of whole texts. Where nothing is hidden, ``log_prob`` is 0.
+says which tokens are asked for, and ``target`` has them (what stands elsewhere does not count). ``data.Masked`` makes
+such batches. The hidden tokens are independent given the others: that is the law of Devlin et al. (2019), no law of
+whole texts. Where nothing is hidden, ``log_prob`` is 0.
 """
 
 from __future__ import annotations
