@@ -194,34 +194,56 @@ def hmm_rows() -> Iterator[Row]:
 
     from probllm.distributions import HiddenMarkovModel
 
-    b, t, k, v = 32, 128, 32, 50
+    b, t, v = 32, 128, 50
     symbols = torch.randint(0, v, (b, t))
+    for k in (8, 32, 64):
 
-    def ours() -> Call:
-        def log_z(i: Any, a: Any, o: Any) -> Any:
-            return HiddenMarkovModel(i, a, torch.distributions.Categorical(logits=o)).log_prob(symbols)
+        def ours(k: int = k) -> Call:
+            def log_z(i: Any, a: Any, o: Any) -> Any:
+                return HiddenMarkovModel(i, a, torch.distributions.Categorical(logits=o)).log_prob(symbols)
 
-        return gradients(log_z, leaf(k), leaf(k, k), leaf(k, v))
+            return gradients(log_z, leaf(k), leaf(k, k), leaf(k, v))
 
-    def pyro_hmm() -> Call:
-        import pyro.distributions as dist
+        def pyro_hmm(k: int = k) -> Call:
+            import pyro.distributions as dist
 
-        def log_z(i: Any, a: Any, o: Any) -> Any:
-            return dist.DiscreteHMM(i, a, dist.Categorical(logits=o), duration=t).log_prob(symbols)
+            def log_z(i: Any, a: Any, o: Any) -> Any:
+                return dist.DiscreteHMM(i, a, dist.Categorical(logits=o), duration=t).log_prob(symbols)
 
-        return gradients(log_z, leaf(k), leaf(k, k), leaf(k, v))
+            return gradients(log_z, leaf(k), leaf(k, k), leaf(k, v))
 
-    def struct() -> Call:
-        from torch_struct import HMM
+        def struct(k: int = k) -> Call:
+            from torch_struct import HMM
 
-        def log_z(i: Any, a: Any, o: Any) -> Any:
-            rows = (a.log_softmax(-1).T, o.log_softmax(-1).T, i.log_softmax(-1))
-            return HMM(*rows, symbols).partition
+            if k > 32:
+                raise MemoryError("not run: gigabytes")
 
-        return gradients(log_z, leaf(k), leaf(k, k), leaf(k, v))
+            def log_z(i: Any, a: Any, o: Any) -> Any:
+                rows = (a.log_softmax(-1).T, o.log_softmax(-1).T, i.log_softmax(-1))
+                return HMM(*rows, symbols).partition
 
-    peers = {"ours": ours, "Pyro": pyro_hmm, "torch-struct": struct}
-    yield Row("HMM: log p(x) + gradients", f"B{b} T{t} K{k} V{v}", peers)
+            return gradients(log_z, leaf(k), leaf(k, k), leaf(k, v))
+
+        def dynamax_hmm(k: int = k) -> Call:
+            jax = dynamax_ready()
+            from dynamax.hidden_markov_model import hmm_filter
+
+            seen = jax.numpy.array(symbols.numpy())
+
+            def log_z(i: Any, a: Any, o: Any) -> Any:
+                scores = jax.nn.log_softmax(o, -1).T[seen]  # [B, T, K]
+                first, moves = jax.nn.softmax(i), jax.nn.softmax(a, -1)
+                return jax.vmap(lambda e: hmm_filter(first, moves, e).marginal_loglik)(scores).sum()
+
+            run = jax.jit(jax.value_and_grad(log_z, (0, 1, 2)))
+            keys = jax.random.split(jax.random.PRNGKey(0), 3)
+            leaves = [jax.random.normal(key, x) for key, x in zip(keys, ((k,), (k, k), (k, v)), strict=True)]
+            return lambda: jax.block_until_ready(run(*leaves))
+
+        peers = {"ours": ours, "Pyro": pyro_hmm, "torch-struct": struct, "dynamax": dynamax_hmm}
+        yield Row("HMM: log p(x) + gradients", f"B{b} T{t} K{k} V{v}", peers)
+
+    k = 32
 
     def ours_paths() -> Call:
         law = HiddenMarkovModel(

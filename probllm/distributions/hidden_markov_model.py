@@ -18,6 +18,7 @@ from torch.distributions import constraints
 from probllm.distributions.linear_chain_crf import LinearChainCRF
 from probllm.distributions.summed_out import SummedOutDistribution
 from probllm.math.chain import as_chain, chain_log_partition, check_lengths, is_wrapped
+from probllm.math.hmm import log_likelihood
 from probllm.math.masks import mask_from_lengths
 from probllm.math.shapes import broadcast_shapes
 from probllm.math.streaming import Filter
@@ -142,9 +143,19 @@ class HiddenMarkovModel(SummedOutDistribution):
             value = value.expand(*real.shape, *value.shape[at + 1 :])
             legal = self._legal(value, real)
             value = torch.where(real.reshape(*real.shape, *(1,) * inner), value, legal)
-        found: Tensor = self.observation_dist.log_prob(value.unsqueeze(value.dim() - inner))
-        found = found.expand(*found.shape[:-1], self.num_states)
+        found = self._score(value)
         return found if real is None else torch.where(real.unsqueeze(-1), found, torch.zeros_like(found))
+
+    def _score(self, value: Tensor) -> Tensor:
+        """log p(x | z = k) of observations ``[..., *observation]`` as ``[..., K]``."""
+        law = self.observation_dist
+        if isinstance(law, torch.distributions.Categorical) and law.batch_shape == (self.num_states,):
+            # rows of a table; the law itself would write out a copy of it for each observation
+            if law._validate_args:
+                law._validate_sample(value.unsqueeze(-1))
+            return law.logits.t()[value.long()]
+        found: Tensor = law.log_prob(value.unsqueeze(value.dim() - len(law.event_shape)))
+        return found.expand(*found.shape[:-1], self.num_states)
 
     def _legal(self, value: Tensor, real: Tensor) -> Tensor:
         """One observation in the support, to stand at missing and padded steps while they are scored."""
@@ -171,9 +182,50 @@ class HiddenMarkovModel(SummedOutDistribution):
 
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x) ``[...]``, in nats, summed over all state sequences, and over steps where ``observed`` is False."""
+        if observed is None and self._is_table(value):
+            return self._log_prob_of_symbols(value)
         emissions = self._emission_rows(value, observed)
         chain = as_chain(emissions, self.transition, self.initial, None, self.lengths)
         return chain_log_partition(chain).view(chain.batch_shape).to(emissions.dtype)
+
+    def _is_table(self, value: Tensor) -> bool:
+        """Whether states emit symbols of one table, at all steps alike, so that counts are the derivatives."""
+        law: Any = self.observation_dist
+        if not isinstance(law, torch.distributions.Categorical) or law.batch_shape != (self.num_states,):
+            return False
+        scores = self.initial, self.transition, law.logits
+        plain = value.device.type == "cpu" and value.dtype == torch.long and value.numel() and value.dim() > 0
+        return (
+            bool(plain)
+            and self.initial.dim() == 1
+            and self.transition.dim() == 2
+            and all(x.dtype == scores[0].dtype and x.device == value.device for x in scores)
+            and scores[0].dtype in (torch.float32, torch.float64)
+            and not torch._C._are_functorch_transforms_active()
+            and not torch.compiler.is_compiling()
+        )
+
+    def _log_prob_of_symbols(self, value: Tensor) -> Tensor:
+        table: Tensor = self.observation_dist.logits  # type: ignore[attr-defined]
+        steps, size = value.shape[-1], table.shape[-1]
+        if self.duration is not None and steps != self.duration:
+            raise ValueError(f"value: expected {self.duration} steps, got shape {list(value.shape)}")
+        shape, lengths = value.shape[:-1], self.lengths
+        try:
+            shape = broadcast_shapes(shape, self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"value: batch shape {list(shape)} does not broadcast with {list(self.batch_shape)}, that of the law"
+            ) from None
+        if lengths is not None:
+            lengths = lengths.expand(shape)
+            value = torch.where(mask_from_lengths(lengths, steps), value, 0)
+            lengths = lengths.reshape(-1)
+        low, high = value.aminmax()
+        if int(low) < 0 or int(high) >= size:
+            raise ValueError(f"value: expected symbols from 0 to {size - 1}, got {int(low)} to {int(high)}")
+        symbols = value.expand(*shape, steps).reshape(-1, steps)
+        return log_likelihood(symbols, self.initial, self.transition, table, lengths).view(shape)
 
     def posterior(self, value: Tensor, observed: Tensor | None = None) -> LinearChainCRF:
         """p(z | x), a law over state sequences; its ``log_partition`` is log p(x)."""
@@ -272,6 +324,8 @@ def check_logits(**named: Any) -> None:
 
 def normalised(logits: Tensor) -> Tensor:
     """log_softmax over the last dimension that is -inf, with gradient 0, where all entries are -inf."""
+    if not is_wrapped(logits) and not bool((logits.detach().amax(-1) == -math.inf).any()):
+        return torch.log_softmax(logits, -1)
     nothing = (logits == -math.inf).all(-1, keepdim=True)
     log = torch.log_softmax(torch.where(nothing, torch.zeros_like(logits), logits), -1)
     return torch.where(nothing, torch.full_like(log, -math.inf), log)

@@ -3,13 +3,14 @@
     gamma_t(k) = P(z_t = k | x),   xi_t(i, j) = P(z_{t-1} = i, z_t = j | x)
     initial(k) = sum gamma_1(k),   transition(i, j) = sum_t xi_t(i, j),   emission(k, v) = sum_{t: x_t = v} gamma_t(k)
 
-Source: Baum et al. (1970); Rabiner (1989), equations 40a to 40c.
+Source: Baum et al. (1970); Rabiner (1989), equations 40a to 40c. They are the derivatives of the log likelihood, too
+(Fisher's identity), so that ``log_likelihood`` never writes down the emissions of the steps as something to be derived.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from probllm.math import chain_passes as passes
 from probllm.math.chain import Chain, as_chain, chain_log_partition, check_lengths
 from probllm.math.kernels import categorical_hmm, chain_scaled
-from probllm.math.kernels.threads import run_shares
+from probllm.math.kernels.threads import run_shares, shares_of
 from probllm.math.kernels.vectors import padded
 from probllm.math.untraced import untraced
 
@@ -47,6 +48,65 @@ def expected_steps(chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
         gamma, pairs = torch.autograd.grad(torch.where(torch.isfinite(log_z), log_z, 0.0).sum(), parts)
     moves = pairs[0, 0] if chain.emissions.shape[1] > 1 else torch.zeros_like(chain.transitions[0, 0])
     return log_z.detach(), gamma, moves
+
+
+def log_likelihood(
+    symbols: Tensor, initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None = None
+) -> Tensor:
+    """log p(x) ``[B]`` of an HMM with categorical observations, in nats; differentiable in the log probabilities.
+
+    Args:
+        symbols: ``[B, T]`` long, from 0 to V - 1, on padding too.
+        initial: ``[K]``, transition: ``[K, K]``, emission: ``[K, V]``: log probabilities of one dtype, on the CPU.
+        lengths: ``[B]`` long.
+    """
+    found: Tensor = _LogLikelihood.apply(symbols, initial, transition, emission, lengths)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LogLikelihood(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, symbols: Tensor, initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(symbols, initial, transition, emission, lengths)
+        ctx.counts = None
+        chain = _chain_of(symbols, initial, transition, emission, lengths)
+        if not any(ctx.needs_input_grad[1:4]):
+            return torch.from_numpy(passes.forward(*chain[:5], keep=False).log_z).to(emission.dtype)
+        log_z, tags, pairs = passes.expectations(*chain[:5])
+        ctx.counts = tags[:, 0].sum(0), pairs[0, 0], _sum_by_symbol(symbols, tags, emission.shape[1])
+        return torch.from_numpy(log_z).to(emission.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        symbols, initial, transition, emission, lengths = ctx.saved_tensors
+        weights = grads[0]
+        if torch.is_grad_enabled():  # someone will differentiate what this returns
+            log_z = chain_log_partition(_chain_of(symbols, initial, transition, emission, lengths), emission.dtype)
+            scores = [x for x in (initial, transition, emission) if x.requires_grad]
+            slopes = iter(torch.autograd.grad(log_z, scores, weights, create_graph=True))
+            return None, *(next(slopes) if x.requires_grad else None for x in (initial, transition, emission)), None
+        weight = weights[0]
+        if weights.stride(0) == 0 or bool((weights == weight).all()):  # of a sum or a mean over the batch
+            return None, *(x * weight for x in ctx.counts), None
+        chain = _chain_of(symbols, initial, transition, emission, lengths)
+        _, tags, pairs = passes.expectations(*chain[:5], weights.contiguous())
+        return None, tags[:, 0].sum(0), pairs[0, 0], _sum_by_symbol(symbols, tags, emission.shape[1]), None
+
+
+def _chain_of(symbols: Tensor, initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Chain:
+    rows = emission.t().contiguous().index_select(0, symbols.reshape(-1)).view(*symbols.shape, -1)
+    return as_chain(rows, transition, initial, None, lengths)
+
+
+def _sum_by_symbol(symbols: Tensor, tags: Tensor, size: int) -> Tensor:
+    """tags ``[B, T, K]`` summed over the steps with each symbol, ``[K, V]``; 0 on padding."""
+    rows, _, k = tags.shape
+    shares = shares_of(rows, 0.5 * tags.numel())
+    sums = np.zeros((shares, size, k), np.float64)
+    run_shares(categorical_hmm.sum_by_symbol, (symbols.numpy(), tags.numpy(), sums), rows, 0.5 * tags.numel())
+    return torch.from_numpy(sums[0] if shares == 1 else sums.sum(0)).to(tags.dtype).t()
 
 
 @untraced

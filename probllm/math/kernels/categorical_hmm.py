@@ -109,3 +109,15 @@ def count(  # type: ignore[no-untyped-def]
                     product1(x, back, y, k)
                 else:
                     product4(x, back, y, k)
+
+
+@compiled()
+def sum_by_symbol(symbols, tags, sums, first, step):  # type: ignore[no-untyped-def]
+    """sums [N, V, K] (0 on entry) at N = ``first``: tags [B, T, K] added up by the symbol of their step."""
+    rows, steps, k = tags.shape
+    own = sums[first]
+    for b in range(first, rows, step):
+        for t in range(steps):
+            symbol = symbols[b, t]
+            for j in range(k):
+                own[symbol, j] += tags[b, t, j]
