@@ -34,6 +34,7 @@ def fit(
     optimiser: OptimiserName | OptimiserFactory = "adamw",
     schedule: Schedule = "cosine",
     warmup: float = 0.05,
+    decay: float = 0.2,
     clip: float | None = 5.0,
     patience: int | None = None,
     metric: Callable[[Any, Any], float] | None = None,
@@ -70,9 +71,11 @@ def fit(
         max_tokens: tokens a step at most, padding counted.
         learning_rate: its highest value.
         weight_decay: on weights, but not on biases, norms and embeddings.
-        optimiser: ``"adamw"``, ``"adagrad"``, ``"sgd"``, or a function from torch's parameter groups to an optimiser.
-        schedule: ``"cosine"`` or ``"constant"`` after the warm-up.
+        optimiser: ``"adamw"``; ``"muon"`` for the hidden matrices, AdamW for the rest; ``"adagrad"``; ``"sgd"``; or a
+            function from torch's parameter groups to an optimiser.
+        schedule: ``"cosine"``, ``"constant"`` or ``"wsd"`` (constant, then a decay) after the warm-up.
         warmup: the part of the run over which the learning rate rises from 0, in [0, 1).
+        decay: the part of the run, at its end, over which ``"wsd"`` lowers the learning rate to 0, in (0, 1].
         clip: the largest norm of the gradient; None: no clipping.
         patience: stop after so many epochs without a better validation; None: make them all.
         metric: ``metric(model, validation) -> float`` to choose the best epoch by, in place of the validation loss.
@@ -95,8 +98,8 @@ def fit(
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     mixed = where.type == "cuda" if mixed_precision is None else mixed_precision
     settings = Settings(
-        epochs, batch_size, max_tokens, learning_rate, weight_decay, optimiser, schedule, warmup, clip, patience,
-        metric, mode, ema, mixed, seed,
+        epochs, batch_size, max_tokens, learning_rate, weight_decay, optimiser, schedule, warmup, decay, clip,
+        patience, metric, mode, ema, mixed, seed,
     )  # fmt: skip
     if validation is None and (patience is not None or metric is not None):
         raise ValueError(f"{'patience' if metric is None else 'metric'} is given, but validation is None")

@@ -22,6 +22,7 @@ from probllm.training.averaging import MovingAverage
 from probllm.training.checkpoint import load_checkpoint, restore_random_states, save_checkpoint
 from probllm.training.optimisers import Optimisers, name_of
 from probllm.training.progress import ProgressBar, delayed_interrupt
+from probllm.training.roles import hidden_matrices
 from probllm.training.run import Run
 from probllm.training.schedule import rate_factor
 from probllm.training.settings import Settings
@@ -64,6 +65,8 @@ class Loop:
             name: Optimisers(some, self.modules, settings.optimiser, settings.learning_rate, settings.weight_decay)
             for name, some in entries.items()
         }
+        if settings.optimiser == "muon" and not hidden_matrices(self.modules.values()):
+            raise ValueError("optimiser is 'muon', but the model has no hidden matrix for it: expected 'adamw'")
         trained = {id(p): p.numel() for each in self.optimisers.values() for p in each.parameters}
         self.run.parameters = sum(trained.values())
         self._parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
@@ -110,7 +113,7 @@ class Loop:
         return self.run
 
     def _step(self, batches: list[Batch], progress: float, place: str) -> float:
-        factor = rate_factor(self.settings.schedule, progress, self.settings.warmup)
+        factor = rate_factor(self.settings.schedule, progress, self.settings.warmup, self.settings.decay)
         for optimisers in self.optimisers.values():
             optimisers.set_rate(factor)
         self._add("learning_rate", self.settings.learning_rate * factor, 1)

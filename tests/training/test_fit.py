@@ -72,7 +72,7 @@ def test_the_optimiser_follows_the_schedule():
             return super().step(closure)
 
     run = fit(TinyTagger(), DATA, optimiser=lambda groups: Spy(groups), warmup=0.25, **QUICK)
-    assert rates == pytest.approx([0.05 * rate_factor("cosine", (step + 0.5) / 16, 0.25) for step in range(16)])
+    assert rates == pytest.approx([0.05 * rate_factor("cosine", (step + 0.5) / 16, 0.25, 0.2) for step in range(16)])
     assert run.history[0]["learning_rate"] == pytest.approx(sum(rates[:4]) / 4)
 
 
@@ -431,6 +431,9 @@ class Constant(TinyTagger):
         ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
         ({"weight_decay": -1}, "weight_decay is -1"),
         ({"warmup": 1.0}, "warmup is 1.0, expected"),
+        ({"decay": 0.0}, r"decay is 0.0, expected a finite number in \(0, 1\]"),
+        ({"schedule": "wsd", "warmup": 0.5, "decay": 0.6}, "warmup and decay are 0.5 and 0.6"),
+        ({"optimiser": "muon"}, "the model has no hidden matrix"),
         ({"clip": 0.0}, "clip is 0.0"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"seed": -1}, "seed is -1"),
