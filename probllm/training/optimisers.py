@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from probllm.training.processes import sharded_as, whole
 from probllm.training.roles import embeddings, hidden_matrices, sparse_tables
 
 OptimiserName: TypeAlias = Literal["adamw", "muon", "adagrad", "sgd"]
@@ -69,6 +70,7 @@ class Optimisers:
         if not self.parameters:
             raise ValueError("model has no parameter with requires_grad=True: there is nothing to train")
         self.optimisers = _build(groups, optimiser)
+        self._own = callable(optimiser)
         self._dense_only = set() if optimiser in ("adagrad", "sgd") else seen - sparse
         self._modules = modules
         self._names = {
@@ -105,7 +107,7 @@ class Optimisers:
                 values.append(parameter.grad._values())
             else:
                 values.append(parameter.grad)
-        norm = float(nn.utils.get_total_norm(values)) if values else 0.0
+        norm = float(whole(nn.utils.get_total_norm(values))) if values else 0.0
         if limit is not None and norm > limit:
             for value in values:
                 value.mul_(limit / norm)
@@ -128,11 +130,22 @@ class Optimisers:
         return tensors, scalars
 
     def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Take back what ``state`` gave."""
+        """Take back what ``state`` gave.
+
+        Raises:
+            ValueError: for a tensor that is not of its parameter's shape.
+        """
         states: dict[str, dict[str, Any]] = {}
+        parameters = {self._names[id(parameter)]: parameter for parameter in self.parameters}
         for name, value in (*tensors.items(), *scalars.items()):
-            parameter, _, key = name.rpartition("/")
-            states.setdefault(parameter, {})[key] = value
+            owner, _, key = name.rpartition("/")
+            if owner in parameters and isinstance(value, Tensor) and value.ndim:
+                shape = parameters[owner].shape
+                if value.shape == shape:
+                    value = sharded_as(value, parameters[owner])
+                elif not self._own:
+                    raise ValueError(f"the optimiser's {name} has shape {list(value.shape)}, expected {list(shape)}")
+            states.setdefault(owner, {})[key] = value
         for number, one in enumerate(self.optimisers):
             own = one.state_dict()
             indices = [index for group in own["param_groups"] for index in group["params"]]

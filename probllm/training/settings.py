@@ -21,6 +21,7 @@ class Settings:
     epochs: int
     batch_size: int | None
     max_tokens: int | None
+    accumulate: int
     learning_rate: float
     weight_decay: float
     optimiser: OptimiserName | OptimiserFactory
@@ -36,9 +37,9 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_tokens", "patience"):
+        for name in ("epochs", "batch_size", "max_tokens", "accumulate", "patience"):
             value = getattr(self, name)
-            if value is None and name != "epochs":
+            if value is None and name not in ("epochs", "accumulate"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
@@ -68,6 +69,11 @@ class Settings:
         if self.metric is not None and not callable(self.metric):
             kind = type(self.metric).__name__
             raise TypeError(f"metric is a {kind}, expected a function metric(model, validation) -> float")
+
+    def bounds(self, times: int) -> tuple[int | None, int | None]:
+        """So many times the sequences and tokens that are computed at once."""
+        size = 32 if self.batch_size is None and self.max_tokens is None else self.batch_size
+        return size and size * times, self.max_tokens and self.max_tokens * times
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; functions by their names."""

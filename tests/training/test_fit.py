@@ -21,7 +21,8 @@ QUICK = {"epochs": 4, "learning_rate": 0.05, "batch_size": 16, "progress": False
 
 
 def numbers(run: Run) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]
+    timed = ("seconds", "tokens_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in run.history]
 
 
 def validation_loss(model, data) -> float:
@@ -322,6 +323,7 @@ def test_the_folder_tells_the_story(tmp_path):
         "checkpoint.safetensors",
         "metrics.jsonl",
         "run.json",
+        "steps.jsonl",
     ]
 
 
