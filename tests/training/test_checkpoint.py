@@ -1,8 +1,10 @@
 # ruff: noqa: NPY002 (numpy's global generator is what is tested)
+import pickle
 import random
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from probllm.training.checkpoint import (
@@ -52,6 +54,41 @@ def test_no_checkpoint_is_none_and_a_cut_file_is_named(tmp_path):
     assert load_checkpoint(tmp_path) is None
     save_checkpoint(tmp_path, {"a": torch.ones(100)}, {}, [])
     path = tmp_path / CHECKPOINT_FILE
-    path.write_bytes(path.read_bytes()[:-10])
+    whole = path.read_bytes()
+    for content in (whole[:-10], whole[:20], b"nonsense", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a checkpoint"):
+            load_checkpoint(tmp_path)
+
+
+def test_a_safetensors_file_of_something_else_is_no_checkpoint(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / CHECKPOINT_FILE)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is not a checkpoint"):
         load_checkpoint(tmp_path)
+
+
+def test_one_flipped_bit_is_found_and_its_tensor_named(tmp_path):
+    tensors = {"weights/a": torch.randn(30), "weights/b": torch.randn(4).bfloat16(), "weights/c": torch.tensor(3)}
+    save_checkpoint(tmp_path, {**tensors, "empty": torch.zeros(0, 3)}, {}, [])
+    path = tmp_path / CHECKPOINT_FILE
+    whole = path.read_bytes()
+    load_checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        content = bytearray(whole)
+        content[whole.rindex(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"checkpoint.safetensors is damaged: {name} is not what was written"):
+            load_checkpoint(tmp_path)
+
+
+class Exploit:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_is_refused_and_never_loaded(tmp_path, write, capsys):
+    write({"weights": Exploit()}, tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(ValueError, match=r"it is a pickle, as torch\.save writes, and is never loaded"):
+        load_checkpoint(tmp_path)
+    assert "unpickled" not in capsys.readouterr().out
