@@ -243,6 +243,7 @@ class Loop:
         self.journal.keep()
         if self.processes.first:
             save_checkpoint(self.folder, tensors, values, generators)
+        self.processes.wait()  # for any of them may read it next
         self._last_checkpoint = time.perf_counter()
         self._pause = max(CHECKPOINT_SECONDS, (self._last_checkpoint - began) / CHECKPOINT_SHARE)
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from probllm.models.model import Batch
@@ -67,9 +68,12 @@ class Copies(Replicas):
     def __init__(self, tasks: Sequence[Task], processes: Processes) -> None:
         super().__init__(tasks)
         device = processes.device
-        # A step need not touch all weights: a model may skip some, and so does one of several models.
+        objective = _Objective(self.tasks)
+        # A step need not touch all weights: a model may skip some, and so does one of several models. Where it does
+        # touch all, torch would advise against looking for the others; there is always this one.
+        objective.idle = nn.Parameter(torch.zeros(1, device=device))
         self.parallel = nn.parallel.DistributedDataParallel(
-            _Objective(self.tasks), [device] if device.type == "cuda" else None, find_unused_parameters=True
+            objective, [device] if device.type == "cuda" else None, find_unused_parameters=True
         )
 
     def losses(self, number: int, batch: Batch) -> dict[str, Tensor]:
