@@ -10,7 +10,7 @@ from torch import Tensor
 from probllm.models.model import Batch
 from probllm.training.optimisers import Optimisers, name_of
 from probllm.training.parts import Part
-from probllm.training.processes import Processes, whole
+from probllm.training.processes import Processes, is_sharded, whole
 from probllm.training.replicas import Replicas
 from probllm.training.roles import hidden_matrices
 from probllm.training.schedule import rate_factor
@@ -107,7 +107,7 @@ class Descent:
                 return self.replicas.losses(number, batch)
         except ValueError as error:
             # Of shards nothing is known here, as the other processes need not be in trouble.
-            sharded = any(hasattr(parameter, "full_tensor") for parameter in self._parameters)
+            sharded = any(is_sharded(parameter) for parameter in self._parameters)
             error.add_note(place if sharded else f"{place}; {self._cause()}")
             raise
 

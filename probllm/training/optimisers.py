@@ -8,13 +8,14 @@ Muon (Jordan et al., 2024) moves a hidden matrix along the orthogonal matrix nea
 the rest. Its steps are scaled to the size of AdamW's (Liu et al., 2025, eq. 4), so that one learning rate serves both.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from probllm.training.processes import sharded_as, whole
+from probllm.training.processes import is_sharded, sharded_as, whole
 from probllm.training.roles import embeddings, hidden_matrices, sparse_tables
 
 OptimiserName: TypeAlias = Literal["adamw", "muon", "adagrad", "sgd"]
@@ -63,7 +64,8 @@ class Optimisers:
                 rate = options.get("lr", learning_rate)
                 extra = {key: value for key, value in options.items() if key not in ("lr", "weight_decay")}
                 group = groups.setdefault(
-                    (kind, rate, decay, *map(repr, extra.items())),
+                    # torch computes with shards and with whole parameters, but not with both at once
+                    (kind, rate, decay, is_sharded(parameter), *map(repr, extra.items())),
                     {"params": [], "lr": rate, "weight_decay": decay, **extra},
                 )
                 group["params"].append(parameter)
@@ -107,7 +109,8 @@ class Optimisers:
                 values.append(parameter.grad._values())
             else:
                 values.append(parameter.grad)
-        norm = float(whole(nn.utils.get_total_norm(values))) if values else 0.0
+        kinds = [[value for value in values if is_sharded(value) == sharded] for sharded in (False, True)]
+        norm = math.hypot(*(float(whole(nn.utils.get_total_norm(some))) for some in kinds if some))
         if limit is not None and norm > limit:
             for value in values:
                 value.mul_(limit / norm)
@@ -117,16 +120,22 @@ class Optimisers:
         """The optimisers' state: tensors by name (``embedding.weight/exp_avg``), and JSON values by name."""
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, Any] = {}
-        for number, one in enumerate(self.optimisers):
+        for one in self.optimisers:
             for parameter, state in one.state.items():
                 for key, value in state.items():
                     place = tensors if isinstance(value, Tensor) else scalars
                     place[f"{self._names[id(parameter)]}/{key}"] = value
-            for index, group in enumerate(one.param_groups):
-                # Some optimisers count their steps here.
-                scalars[f"/{number}/{index}"] = {
-                    key: value for key, value in group.items() if isinstance(value, (bool, int, float, str))
+        if self._own:  # some optimisers count their steps in their groups
+            scalars["groups/"] = [
+                {
+                    "names": [self._names[id(parameter)] for parameter in group["params"]],
+                    "values": {
+                        key: value for key, value in group.items() if isinstance(value, (bool, int, float, str))
+                    },
                 }
+                for one in self.optimisers
+                for group in one.param_groups
+            ]
         return tensors, scalars
 
     def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
@@ -146,12 +155,19 @@ class Optimisers:
                 elif not self._own:
                     raise ValueError(f"the optimiser's {name} has shape {list(value.shape)}, expected {list(shape)}")
             states.setdefault(owner, {})[key] = value
-        for number, one in enumerate(self.optimisers):
+        saved = {name: each["values"] for each in scalars.get("groups/", []) for name in each["names"]}
+        for one in self.optimisers:
             own = one.state_dict()
-            indices = [index for group in own["param_groups"] for index in group["params"]]
-            names = [self._names[id(parameter)] for group in one.param_groups for parameter in group["params"]]
-            state = {index: states[name] for index, name in zip(indices, names, strict=True) if name in states}
-            groups = [{**group, **states[f"/{number}"][f"{i}"]} for i, group in enumerate(own["param_groups"])]
+            names = [[self._names[id(parameter)] for parameter in group["params"]] for group in one.param_groups]
+            state = {
+                index: states[name]
+                for group, some in zip(own["param_groups"], names, strict=True)
+                for index, name in zip(group["params"], some, strict=True)
+                if name in states
+            }
+            groups = [
+                {**group, **saved.get(some[0], {})} for group, some in zip(own["param_groups"], names, strict=True)
+            ]
             one.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -96,15 +96,20 @@ def start(device: str | torch.device | None) -> Processes:
     return Processes(where)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is this process's shard of a tensor (torch's ``DTensor``, which it takes seconds to import)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process holds a shard, put together on every one; any other as it is."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's shard of a whole tensor, cut as ``like`` is, where that is cut."""
-    if not hasattr(like, "full_tensor"):
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 

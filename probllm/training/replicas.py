@@ -123,17 +123,17 @@ class Shards(Replicas):
         self.tasks = [replace(task, model=model) for task, model in zip(self.given, models, strict=True)]
         self.objective = _Objective(self.tasks).to(processes.device)
         mesh = init_device_mesh(processes.device.type, (processes.size,))
-        self.scalars = {parameter for parameter in self.objective.parameters() if not parameter.ndim}
+        self.uncut = _uncut(self.objective, processes.device)
         for block in _blocks(self.objective):
-            fully_shard(block, mesh=mesh, ignored_params=self.scalars)
-        fully_shard(self.objective, mesh=mesh, ignored_params=self.scalars)
+            fully_shard(block, mesh=mesh, ignored_params=set(self.uncut))
+        fully_shard(self.objective, mesh=mesh, ignored_params=set(self.uncut))
 
     def losses(self, number: int, batch: Batch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.objective(number, batch)
         return found
 
     def complete(self) -> None:
-        self.processes.average_gradients(self.scalars)
+        self.processes.average_gradients(self.uncut)
 
     @contextmanager
     def judged(self, average: MovingAverage | None) -> Iterator[None]:
@@ -167,6 +167,20 @@ class _Objective(nn.Module):
 
     def forward(self, number: int, batch: Batch) -> Any:
         return self.tasks[number].losses(batch)
+
+
+def _uncut(module: nn.Module, device: torch.device) -> list[nn.Parameter]:
+    """The parameters that every process holds whole: single numbers, and on the CPU what is no layer's of torch's.
+
+    The compiled recursions read such weights where they lie, and torch cannot free memory that another looks at.
+    """
+    bare = {
+        id(parameter)
+        for layer in module.modules()
+        for parameter in layer.parameters(False)
+        if device.type == "cpu" and not type(layer).__module__.startswith("torch.nn.")
+    }
+    return [parameter for parameter in module.parameters() if not parameter.ndim or id(parameter) in bare]
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from probllm.models import SoftmaxTagger
-from probllm.nn import TransformerEncoder
+from probllm.models import CRFTagger, SoftmaxTagger
+from probllm.nn import RecurrentEncoder, TransformerEncoder
 from probllm.training import fit
+from probllm.training.processes import is_sharded, start
+from probllm.training.replicas import Shards
+from probllm.training.tasks import as_tasks
 from tests.training.tagging import TAGS, WORDS, TinyTagger, accuracy, tagged
 
 DATA, HELD_OUT = tagged(41), tagged(21, seed=1)  # the last batch of 8 has one row: not every process has one
@@ -80,9 +83,15 @@ class Rivals(nn.Module):
 Z = {"z": torch.randn(23, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
 
 
-def sparse():
+def sparse(sparse=True):
     torch.manual_seed(7)
-    return TinyTagger(sparse=True).double()
+    return TinyTagger(sparse=sparse).double()
+
+
+def crf():
+    """Its compiled recursions read the transitions in place."""
+    torch.manual_seed(7)
+    return CRFTagger(RecurrentEncoder(WORDS, hidden=4), TAGS)
 
 
 def joint(**options):
@@ -101,8 +110,10 @@ CASES = {
     "shards": lambda: alone(scaled(), sharding="full"),
     "joint-copies": joint,
     "joint-shards": lambda: joint(sharding="full"),
-    "muon-copies": lambda: alone(scaled(), optimiser="muon"),
-    "muon-shards": lambda: alone(scaled(), optimiser="muon", sharding="full"),
+    "muon-copies": lambda: alone(scaled(), optimiser="muon", epochs=1),
+    "muon-shards": lambda: alone(scaled(), optimiser="muon", sharding="full", epochs=1),
+    "crf-shards": lambda: alone(crf(), sharding="full", epochs=1),
+    "constrained-shards": lambda: alone(sparse(sparse=False), optimiser="sgd", sharding="full", epochs=1),
     "sparse-copies": lambda: alone(sparse(), optimiser="adagrad"),
     "rivals-copies": lambda: alone(Rivals(), Z, None, metric=None),
 }
@@ -134,6 +145,15 @@ def refused(kind, call):
     raise AssertionError(f"no {kind.__name__}")
 
 
+def held():
+    """Which part of the layers' weights one of the processes holds, and how many blocks are cut by themselves."""
+    objective = Shards(as_tasks(scaled(), DATA, None, None), start(None)).objective
+    layers = {name: p for name, p in objective.named_parameters() if ".layers." in name}
+    assert all(is_sharded(p) for p in layers.values())
+    own = sum(p.to_local().numel() for p in layers.values()) / sum(p.numel() for p in layers.values())
+    return own, sum(type(module).__name__ == "FSDPTransformerLayer" for module in objective.modules())
+
+
 class Breaks(Scaled):
     def loss(self, batch):
         broken = dist.get_rank() == 1 and self.training
@@ -161,6 +181,7 @@ def main(folder):
         "sparse": refused(ValueError, lambda: alone(sparse(), sharding="full")),
         "rivals": refused(ValueError, lambda: alone(Rivals(), Z, None, metric=None, sharding="full")),
     }
+    said["held"] = held()
     (folder / f"said-{dist.get_rank()}.json").write_text(json.dumps(said))
 
 
