@@ -5,7 +5,7 @@ shrink between two sights of a word. Parameters with sparse gradients (``nn.Embe
 where the optimiser for the others is AdamW or Muon, which take no sparse gradient; Adagrad and SGD take both.
 
 Muon (Jordan et al., 2024) moves a hidden matrix along the orthogonal matrix nearest to its momentum, and AdamW trains
-the rest. Its steps are scaled to the size of AdamW's (Liu et al., 2025, eq. 4), so that one learning rate serves both.
+the rest. Its steps are scaled to the size of AdamW's (Liu et al., 2025), so that one learning rate serves both.
 """
 
 import math

@@ -4,7 +4,7 @@ With p in (0, 1] the part of the run that is done, w the part spent on warming u
 
     constant: min(1, p / w)
     cosine:   min(1, p / w) * (1 + cos(pi * max(0, p - w) / (1 - w))) / 2      Loshchilov and Hutter (2017), eq. 5
-    wsd:      min(1, p / w) * (1 - sqrt(max(0, p - (1 - d)) / d))              Hägele et al. (2024), section 3.1
+    wsd:      min(1, p / w) * (1 - sqrt(max(0, p - (1 - d)) / d))              Hägele et al. (2024)
 
 so that a run which goes on after a kill needs no state but its place. ``wsd`` is warm-up, stable, decay (Hu et al.,
 2024): until the decay begins, the weights are those of a run of any length.

@@ -301,13 +301,14 @@ def test_a_model_that_estimates_itself_takes_no_step(tmp_path):
 
     model = Counter()
     x = torch.arange(10.0)[:, None]
-    run = fit(model, {"x": x}, {"x": x}, folder=tmp_path, progress=False)
+    run = fit(model, {"x": x}, {"x": x}, folder=tmp_path, ema=0.5, progress=False)
     assert float(model.mean) == 4.5
     assert (run.stopped, run.steps, run.epochs) == ("estimate", 0, 2)
     assert run.history[-1]["validation_loss"] == pytest.approx(float(x.var(unbiased=False)))
     assert Run.load(tmp_path / "run.json") == run
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == run.history
     again = Counter()
-    assert fit(again, {"x": x}, {"x": x}, folder=tmp_path, resume=True, progress=False) == run
+    assert fit(again, {"x": x}, {"x": x}, folder=tmp_path, ema=0.5, resume=True, progress=False) == run
     assert float(again.mean) == 4.5
 
 
@@ -427,6 +428,8 @@ class Constant(TinyTagger):
         ({"epochs": 2.0}, "epochs is 2.0"),
         ({"batch_size": -3}, "batch_size is -3"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"accumulate": 0}, "accumulate is 0, expected a whole number of at least 1"),
+        ({"sharding": "half"}, "sharding is 'half', expected None or 'full'"),
         ({"patience": True}, "patience is True"),
         ({"learning_rate": 0}, "learning_rate is 0, expected a finite number above 0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
