@@ -168,6 +168,7 @@ def _estimate(loop: Loop) -> bool:
         rows = model.estimate(task.data)
     except NotImplementedError:
         return False
+    model.to(loop.processes.device)
     run = loop.run
     run.training_seconds = time.perf_counter() - began
     run.stopped = "estimate"
@@ -181,6 +182,8 @@ def _estimate(loop: Loop) -> bool:
         run.best_epoch, run.best_value = len(run.history), run.history[-1][run.monitored]
     model.eval()
     loop.finished = True
-    loop.journal.open(0, run.history)
+    loop.journal.open(0, [])
+    for row in run.history:
+        loop.journal.epoch(row)
     loop.record()
     return True

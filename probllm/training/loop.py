@@ -268,7 +268,7 @@ class Loop:
         put_back(self, tensors, values)
         if self.finished:
             for module in self.modules.values():
-                module.eval()
+                module.to(self.processes.device).eval()
 
     def _count_seconds(self) -> float:
         now = time.perf_counter()

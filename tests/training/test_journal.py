@@ -68,7 +68,15 @@ def test_a_run_that_goes_on_tells_each_step_and_epoch_once_as_if_it_had_never_st
 def test_what_is_kept_of_the_steps_is_never_rewritten(tmp_path):
     path = tmp_path / STEPS_FILE
     kept = b'{"step": 1}\n{"step": 2}\n'
-    for rest in (b"", b'{"step": 3}\n', b'{"step": 2', b"nonsense\n", b"[]\n", b'{"step": 3}\n{"step": 1}\n'):
+    for rest in (
+        b"",
+        b'{"step": 3}\n',
+        b'{"step": 2',
+        b'{"step": 2}',
+        b"nonsense\n",
+        b"[]\n",
+        b'{"step": 3}\n{"step": 1}\n',
+    ):
         path.write_bytes(kept + rest)
         place = path.stat().st_ino
         cut_after(path, 2)

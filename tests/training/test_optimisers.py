@@ -196,11 +196,14 @@ def test_muon_trains_the_hidden_matrices_and_adamw_the_tables_heads_norms_and_bi
     assert muons({"a": tagger, "b": plain}).keys() >= {"b.0.weight", "b.2.weight"}
     assert "b.3.weight" not in muons({"b": plain})
     assert muons({"": Net()}) == {"hidden.weight": 0.5}
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(5, 2))
+    tied[2].weight = tied[0].weight
+    assert muons({"": tied}) == {"1.weight": 0.5}
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix_at_the_size_of_adamws():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 2))
+    net = nn.Sequential(nn.Linear(48, 48, bias=False), nn.Linear(48, 2))
     weight = net[0].weight
     before = weight.detach().clone()
     weight.grad = torch.randn_like(weight)

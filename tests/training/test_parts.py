@@ -63,12 +63,10 @@ def test_the_first_pass_is_that_of_the_task_alone():
 windows = Windows(torch.arange(60), length=3, prefix=2)
 
 
-@given(
-    accumulate=st.integers(1, 4),
-    size=st.integers(1, 4),
-    bounds=st.sampled_from([{"batch_size": 3}, {"max_tokens": 16}, {"batch_size": 2, "max_tokens": 20}, {}]),
-    data=st.sampled_from([tagged(23), windows]),
-)
+@pytest.mark.parametrize("bounds", [{"batch_size": 3}, {"max_tokens": 16}, {"batch_size": 2, "max_tokens": 20}, {}])
+@pytest.mark.parametrize("data", [tagged(23), windows], ids=["tagged", "windows"])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_parts_of_all_processes_are_the_rows_of_the_large_batch(accumulate, size, bounds, data):
     options = {**bounds, "accumulate": accumulate, "epochs": 1, "seed": 3}
     sought = [None if bound is None else accumulate * bound for bound in map(bounds.get, ("batch_size", "max_tokens"))]
