@@ -108,6 +108,7 @@ def alone(model, data=DATA, validation=HELD_OUT, **options):
 CASES = {
     "copies": lambda: alone(scaled()),
     "shards": lambda: alone(scaled(), sharding="full"),
+    "last-shards": lambda: alone(scaled(), DATA, None, metric=None, ema=None, sharding="full", epochs=1),
     "joint-copies": joint,
     "joint-shards": lambda: joint(sharding="full"),
     "muon-copies": lambda: alone(scaled(), optimiser="muon", epochs=1),
@@ -154,6 +155,15 @@ def held():
     return own, sum(type(module).__name__ == "FSDPTransformerLayer" for module in objective.modules())
 
 
+class Draws(Scaled):
+    """Tells what it draws."""
+
+    def loss(self, batch):
+        if self.training:
+            self.drawn = [*getattr(self, "drawn", []), torch.rand(()).item()]
+        return super().loss(batch)
+
+
 class Breaks(Scaled):
     def loss(self, batch):
         broken = dist.get_rank() == 1 and self.training
@@ -182,6 +192,7 @@ def main(folder):
         "rivals": refused(ValueError, lambda: alone(Rivals(), Z, None, metric=None, sharding="full")),
     }
     said["held"] = held()
+    said["drawn"] = alone(Draws().double(), epochs=1)[1].drawn
     (folder / f"said-{dist.get_rank()}.json").write_text(json.dumps(said))
 
 
