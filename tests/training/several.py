@@ -25,7 +25,7 @@ from tests.training.tagging import TAGS, WORDS, TinyTagger, accuracy, tagged
 
 DATA, HELD_OUT = tagged(41), tagged(21, seed=1)  # the last batch of 8 has one row: not every process has one
 OPTIONS = {
-    "epochs": 3,
+    "epochs": 2,
     "batch_size": 4,
     "accumulate": 2,
     "learning_rate": 0.02,
