@@ -20,9 +20,11 @@ if TYPE_CHECKING:
         HeadSelectionParser,
         HMMTagger,
         JointNGram,
+        MaskedLM,
         MixtureLM,
         NGramModel,
         SemiMarkovTagger,
+        Seq2Seq,
         SoftmaxTagger,
     )
     from probllm.training import fit
@@ -39,9 +41,11 @@ __all__ = [
     "HMMTagger",
     "HeadSelectionParser",
     "JointNGram",
+    "MaskedLM",
     "MixtureLM",
     "NGramModel",
     "SemiMarkovTagger",
+    "Seq2Seq",
     "SoftmaxTagger",
     "__version__",
     "compare",

@@ -57,6 +57,8 @@ def probllm(
 
 - `probllm compare parsing --train train.conllu --dev dev.conllu --test test.conllu --models bilstm-spanning`
 
+- `probllm compare translation --train train.en --dev dev.en --test test.en --target de`
+
 - `probllm compare tagging --train train.bio --dev dev.bio --test test.bio --full`
 """
 )
@@ -78,6 +80,14 @@ def compare(
             metavar="NAME",
             help="Which column holds the tags. CoNLL-U: upos, xpos, feats or deprel; else a number, from 0, or from "
             "the end with -1.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUFFIX",
+            help="For translation: what the names of the translations end with. With de, train.en is translated as in "
+            "train.de.",
         ),
     ] = None,
     models: Annotated[
@@ -121,6 +131,7 @@ def compare(
                 dev=dev,
                 test=test,
                 column=column,
+                target=target,
                 models=tuple(models.replace(",", " ").split()) if models else (),
                 seeds=seeds,
                 epochs=epochs,

@@ -23,6 +23,7 @@ COMPARISONS = {
     "tagging": "Does a law over whole tag sequences tag better than a decision at each word?",
     "parsing": "Does a law over whole trees parse better than a head chosen for each word?",
     "alignment": "Do letters find their phonemes better if they are aligned first, or if all alignments are summed?",
+    "translation": "Do attention alone and a beam write better than recurrence and the best symbol at each step?",
     "language": "Does a network or a table of counts predict a small text better, and what do they do together?",
 }
 
@@ -50,6 +51,8 @@ class Settings:
     test: Path | None = None
     column: str | None = None
     """Which column of the files holds the tags."""
+    target: str | None = None
+    """What the names of the files with translations end with."""
     folder: Path = Path("runs")
     """Where checkpoints lie; the same settings find theirs again."""
     progress: bool = True

@@ -32,6 +32,7 @@ from probllm.data.digits import Digits, digits
 from probllm.data.emoji import Glyphs, emoji_glyphs, emoji_languages, emoji_names
 from probllm.data.features import TAGGING_TEMPLATES, FeatureHasher
 from probllm.data.lines import LabelledText, read_labelled_lines, read_lines, read_parallel_lines, read_text
+from probllm.data.masking import Masked, prefix_pairs, span_denoising
 from probllm.data.parsing import ParsingVocabulary
 from probllm.data.pronunciations import Pronunciation, letters_to_phonemes, pronunciations, stress_tagging
 from probllm.data.python_reference import PythonReference, python_reference
@@ -57,6 +58,7 @@ __all__ = [
     "FeatureHasher",
     "Glyphs",
     "LabelledText",
+    "Masked",
     "Pair",
     "ParsingVocabulary",
     "Pronunciation",
@@ -85,6 +87,7 @@ __all__ = [
     "letters_to_phonemes",
     "load_image",
     "parse_brackets",
+    "prefix_pairs",
     "projectivise",
     "pronunciations",
     "python_reference",
@@ -100,6 +103,7 @@ __all__ = [
     "read_text",
     "segmentation_from_spans",
     "segmentation_from_tags",
+    "span_denoising",
     "spans_from_segmentation",
     "spans_from_tags",
     "stress_tagging",

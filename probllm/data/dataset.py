@@ -2,8 +2,9 @@
 
 An example is a dict of unpadded tensors (``inputs`` may itself be a dict of tensors). ``collate`` pads on the right
 with 0 and says in ``mask`` what is real. Batches hold examples of similar length: a shuffled order is cut into pools of
-``POOL`` batches, each pool sorted by length, cut into batches, and the batches shuffled again. The order is a function
-of (seed, epoch) alone, so a run that was killed goes on with ``data.batches(..., seed=seed, epoch=epoch)[step:]``.
+``POOL`` batches, each pool sorted by length (then that of ``target``, if there is one), cut into batches, and the
+batches shuffled again. The order is a function of (seed, epoch) alone, so a run that was killed goes on with
+``data.batches(..., seed=seed, epoch=epoch)[step:]``.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Dataset(Sequence[Example]):
             _check_words(index, example)
         self.lengths: list[int] = [_length(example) for example in self.examples]
         """The number of tokens of each example (1 where an example is not a sequence)."""
+        self._sizes = [(n, _target_length(example)) for n, example in zip(self.lengths, self.examples, strict=True)]
         if 0 in self.lengths:
             raise ValueError(f"example {self.lengths.index(0)} has no tokens: every sequence needs at least one")
 
@@ -148,7 +150,7 @@ class Dataset(Sequence[Example]):
         pool = POOL * (batch_size if batch_size is not None else max(1, int((max_tokens or 0) / mean)))
         groups: list[list[int]] = []
         for start in range(0, len(order), pool):
-            by_length = sorted(order[start : start + pool], key=self.lengths.__getitem__)
+            by_length = sorted(order[start : start + pool], key=self._sizes.__getitem__)
             groups.extend(self.cut(by_length, batch_size, max_tokens))
         return Batches(self, [groups[i] for i in random.permutation(len(groups))])
 
@@ -221,6 +223,12 @@ def _check_words(index: int, example: Example) -> None:
     for name, tensor in by_word.items():
         if tensor.shape[:1] != tags.shape[:1]:
             raise ValueError(f"example {index}: {name} has shape {list(tensor.shape)} for {len(tags)} tags")
+
+
+def _target_length(example: Example) -> int:
+    """The number of tokens of the target, of an example that has a sequence as one."""
+    target = example.get("target")
+    return target.shape[0] if isinstance(target, Tensor) and target.dim() == 1 else 0
 
 
 def _length(example: Example) -> int:

@@ -8,6 +8,7 @@ from probllm.evaluation.entities import SpanScores, span_counts, span_scores
 from probllm.evaluation.plots import plot_confusion, plot_learning, plot_marginals, plot_reliability
 from probllm.evaluation.tagging import accuracy, confusion_matrix, correct_tokens, token_nll, unpad
 from probllm.evaluation.transduction import EditErrors, edit_distance, edit_errors
+from probllm.evaluation.translation import bleu, bleu_counts, paired_bleu
 
 __all__ = [
     "AttachmentCounts",
@@ -20,12 +21,15 @@ __all__ = [
     "accuracy",
     "attachment_counts",
     "attachment_scores",
+    "bleu",
+    "bleu_counts",
     "bootstrap",
     "confusion_matrix",
     "correct_tokens",
     "edit_distance",
     "edit_errors",
     "expected_calibration_error",
+    "paired_bleu",
     "paired_bootstrap",
     "plot_confusion",
     "plot_learning",

@@ -66,9 +66,8 @@ def bootstrap(
     """
     top, bottom = _ratio("numerators", numerators, denominators)
     value = float(_divide(top.sum(), bottom.sum()))
-    draws = _resample(top.shape, resamples, seed, lambda weigh: _divide(weigh(top), weigh(bottom)))
-    low, high = _percentiles(draws, level)
-    return Estimate(value, low, high) if top.shape[1] > 1 else Estimate(value, -math.inf, math.inf)
+    draws = resample(top.shape, resamples, seed, lambda weigh: _divide(weigh(top), weigh(bottom)))
+    return estimate(value, draws, level, top.shape[1])
 
 
 def paired_bootstrap(
@@ -103,14 +102,25 @@ def paired_bootstrap(
     if a_top.shape != b_top.shape:
         raise ValueError(f"a and b must score the same runs and sentences; a is {a_top.shape}, b is {b_top.shape}")
     value = float(_divide(a_top.sum(), a_bottom.sum()) - _divide(b_top.sum(), b_bottom.sum()))
-    draws = _resample(
+    draws = resample(
         a_top.shape,
         resamples,
         seed,
         lambda weigh: _divide(weigh(a_top), weigh(a_bottom)) - _divide(weigh(b_top), weigh(b_bottom)),
     )
+    return difference(value, draws, level, a_top.shape[1])
+
+
+def estimate(value: float, draws: Floats, level: float, sentences: int) -> Estimate:
+    """A score with the interval of its resampled values."""
     low, high = _percentiles(draws, level)
-    if a_top.shape[1] == 1:
+    return Estimate(value, low, high) if sentences > 1 else Estimate(value, -math.inf, math.inf)
+
+
+def difference(value: float, draws: Floats, level: float, sentences: int) -> Difference:
+    """A difference with the interval and the p-value of its resampled values."""
+    low, high = _percentiles(draws, level)
+    if sentences == 1:
         return Difference(value, -math.inf, math.inf, 1.0)
     if not math.isfinite(value):
         return Difference(value, low, high, math.nan)
@@ -136,7 +146,7 @@ def _divide(top: Any, bottom: Any) -> Any:
     return np.divide(top, bottom, out=np.zeros(np.shape(top)), where=np.asarray(bottom) != 0)
 
 
-def _resample(
+def resample(
     shape: tuple[int, ...], resamples: int, seed: int, score: Callable[[Callable[[Floats], Floats]], Floats]
 ) -> Floats:
     """``score`` at every resample; ``weigh`` sums a ``[runs, sentences]`` array under the resample's weights."""

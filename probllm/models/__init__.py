@@ -12,10 +12,12 @@ from probllm.models.hmm_tagger import HMMTagger
 from probllm.models.hsmm import HSMM
 from probllm.models.joint_ngram import JointNGram
 from probllm.models.language_model import LanguageModel
+from probllm.models.masked_lm import MaskedLM
 from probllm.models.mixture_lm import MixtureLM
 from probllm.models.model import Model
 from probllm.models.ngram_model import NGramModel
 from probllm.models.semi_markov_tagger import SemiMarkovTagger
+from probllm.models.seq2seq import Seq2Seq
 from probllm.models.softmax_tagger import SoftmaxTagger
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "HeadSelectionParser",
     "JointNGram",
     "LanguageModel",
+    "MaskedLM",
     "MixtureEmissions",
     "MixtureLM",
     "Model",
     "NGramModel",
     "PoissonEmissions",
     "SemiMarkovTagger",
+    "Seq2Seq",
     "SoftmaxTagger",
 ]

@@ -7,7 +7,8 @@ With a Transformer it is GPT (Radford et al. 2019), with an LSTM the model of Mi
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ from probllm.models.language_model import LanguageModel, check_prefix, check_tex
 from probllm.models.model import Batch
 from probllm.nn.decoder import Decoder
 from probllm.nn.embeddings import WordEmbedding
+from probllm.nn.pretrained import Head, read_gpt2, read_llama, write_gpt2, write_llama
+from probllm.nn.pretrained.checkpoint import read_config
+from probllm.nn.transformer import TransformerDecoder
+
+_READERS = {"gpt2": read_gpt2} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), read_llama)
 
 
 class CausalState:
@@ -106,3 +112,46 @@ class CausalLM(LanguageModel):
 
     def _next(self, states: Tensor) -> Tensor:
         return self.logits(states).float().log_softmax(-1)
+
+    # Checkpoints of the Hugging Face format.
+
+    @classmethod
+    def from_huggingface(cls, folder: str | Path, begin: int | None = None) -> Self:
+        """A language model out of a folder with ``config.json`` and safetensors: GPT-2, Llama, Mistral, Qwen 2 or 3.
+
+        Args:
+            folder: where they are.
+            begin: the token read before a text; None: the ``bos_token_id`` of the config, or its ``eos_token_id``.
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: for another family, a pickle, a corrupt file, or a config that names neither token.
+        """
+        config = read_config(folder, list(_READERS))
+        decoder, head = _READERS[config["model_type"]](folder)
+        if begin is None:
+            known = [config.get(name) for name in ("bos_token_id", "eos_token_id")]
+            begin = next((token for token in known if isinstance(token, int)), None)
+        if begin is None:
+            raise ValueError(f"begin is None, and the config of {folder} has neither bos_token_id nor eos_token_id")
+        model: Self = cls(decoder, begin, tied=head.weight is None)
+        if model.head is not None and head.weight is not None:
+            model.head.weight = nn.Parameter(head.weight)
+        model.eval()
+        return model
+
+    def to_huggingface(self, folder: str | Path) -> None:
+        """Write a folder that ``transformers`` reads: GPT-2 or one of Llama's family, as the decoder's options say.
+
+        Where ``begin`` is no token of a text here, it is one in the checkpoint, which has a score for every row of the
+        embedding.
+
+        Raises:
+            TypeError, ValueError: for a decoder that no family has; the message names the first difference.
+        """
+        if not isinstance(self.decoder, TransformerDecoder):
+            raise TypeError(f"decoder is a {type(self.decoder).__name__}; a checkpoint has a TransformerDecoder")
+        if self.head is not None and self.size != len(self.decoder.token_weight):
+            raise ValueError(f"the output layer has {self.size} rows; a checkpoint has one for each of the embedding's")
+        write = write_llama if self.decoder.positions == "rope" else write_gpt2
+        weight = None if self.head is None else self.head.weight.detach()
+        write(folder, self.decoder, Head(weight, config={"bos_token_id": self.begin}))

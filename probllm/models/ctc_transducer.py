@@ -16,6 +16,7 @@ from probllm.decoding.ctc import ctc_beam
 from probllm.distributions.ctc_labels import CTCLabels
 from probllm.math.masks import lengths_from_mask
 from probllm.models.model import Batch, Model
+from probllm.nn.dropout import Dropout
 from probllm.nn.encoder import Encoder
 
 
@@ -36,7 +37,7 @@ class CTCTransducer(Model):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         self.encoder, self.num_labels, self.frames = encoder, num_labels, frames
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(encoder.dim, frames * (num_labels + 1))
 
     def law(self, batch: Batch) -> CTCLabels:

@@ -164,6 +164,21 @@ class Model(Configurable, PyroModule):  # type: ignore[misc]
         model.eval()
         return model
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of every module, but a module that is held twice is named once.
+
+        ``torch.func.functional_call`` asks for duplicates, and would put the weights of such a module back wrongly.
+        """
+        if remove_duplicate or not recurse:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+            return
+        for name, module in self.named_modules(prefix=prefix):
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield (f"{name}.{key}" if name else key), parameter
+
     # Two models never share a weight unless they hold the same module.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -39,6 +39,7 @@ class KeyValueCache:
         self.filled: list[int] = []  # a layer: positions written
         self.memory: list[tuple[Tensor, Tensor]] = []  # a layer: keys and values of the memory [B, kv_heads, S, E]
         self.memory_mask: Tensor | None = None  # [B, S]
+        self._sources: Tensor | None = None  # [B]: the number of the memory that each row looks at, once selected
         self._length = 0
         self._mask: Tensor | None = None  # [B, capacity]; None while all positions are real
         self._counts: Tensor | None = None  # [B]: real positions so far, where there is a mask
@@ -185,5 +186,11 @@ class KeyValueCache:
             self._mask = None if self._mask is None else self._mask[rows]
             self._counts = None if self._counts is None else self._counts[rows]
             self.pairs = [pairs[rows] for pairs in self.pairs]
-        self.memory = [(keys[rows], values[rows]) for keys, values in self.memory]
-        self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+        if not self.memory:
+            return
+        sources = rows if self._sources is None else self._sources[rows]
+        # a beam moves among hypotheses of one memory, which need no copy
+        if self._sources is None or not torch.equal(sources, self._sources):
+            self.memory = [(keys[rows], values[rows]) for keys, values in self.memory]
+            self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+        self._sources = sources

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probllm.nn.dropout import Dropout
 from probllm.nn.embeddings import as_embedding
 from probllm.nn.encoder import Encoder, Inputs, check_dropout, check_mask, check_positive, zero_padding
 
@@ -48,7 +49,7 @@ class ConvolutionEncoder(Encoder):
         self.project = nn.Linear(self.embedding.dim, hidden)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in dilations)
         self.convolutions = nn.ModuleList(nn.Conv1d(hidden, hidden, width, dilation=d) for d in dilations)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
         """States ``[B, L, dim]``."""

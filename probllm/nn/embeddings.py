@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probllm.nn.dropout import Dropout
 from probllm.nn.encoder import (
     Encoder,
     Inputs,
@@ -248,7 +249,7 @@ class WordRepresentation(Encoder):
         check_dropout("dropout", dropout)
         self.parts = nn.ModuleList(parts)
         self.dim = sum(part.dim for part in parts)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
         """``[B, L, dim]`` from the dict of ids that the parts read."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probllm.nn.dropout import Dropout
 from probllm.nn.embeddings import as_embedding
 from probllm.nn.encoder import Encoder, Inputs, check_dropout, check_mask, check_positive, zero_padding
 
@@ -37,7 +38,7 @@ class FeedForwardEncoder(Encoder):
         self.dim, self.window = hidden, window
         sizes = [self.embedding.dim * (2 * window + 1)] + [hidden] * layers
         self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
         """States ``[B, L, dim]``."""

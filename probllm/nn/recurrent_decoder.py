@@ -38,13 +38,20 @@ class RecurrentState:
     keys: Tensor | None = None  # [B, S, hidden]
     memory_mask: Tensor | None = None
     length: int = 0
+    _sources: Tensor | None = None  # the number of the memory that each row looks at
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order and perhaps repeated: what a beam search does at each step."""
         self.layers = [(hidden[rows], cell[rows]) for hidden, cell in self.layers]
-        self.memory = None if self.memory is None else self.memory[rows]
-        self.keys = None if self.keys is None else self.keys[rows]
-        self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+        if self.memory is None:
+            return
+        sources = rows if self._sources is None else self._sources[rows]
+        # a beam moves among hypotheses of one memory, which need no copy
+        if self._sources is None or not torch.equal(sources, self._sources):
+            self.memory = self.memory[rows]
+            self.keys = None if self.keys is None else self.keys[rows]
+            self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+        self._sources = sources
 
 
 class RecurrentDecoder(Decoder):

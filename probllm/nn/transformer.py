@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from probllm.nn.attention import Sight, check_memory
 from probllm.nn.cache import KeyValueCache
 from probllm.nn.decoder import Decoder, DecoderCache
+from probllm.nn.dropout import Dropout
 from probllm.nn.embeddings import as_embedding
 from probllm.nn.encoder import Encoder, Inputs, check_dropout, check_mask, check_positive, in_transform, zero_padding
 from probllm.nn.packing import Packing
@@ -91,7 +92,7 @@ class _Stack(nn.Module):
         )  # fmt: skip
         # After-norms leave nothing to be normalised at the end.
         self.norm = make_norm(norm, dim, norm_eps, bias) if norm_first else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _run(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from probllm.nn.attention import CrossAttention, SelfAttention, Sight
 from probllm.nn.config import Configurable
+from probllm.nn.dropout import Dropout
 from probllm.nn.encoder import check_positive
 from probllm.nn.visibility import visible_keys
 
@@ -64,7 +65,7 @@ class TransformerLayer(Configurable, nn.Module):
             )
         self.feedforward_norm = make_norm(norm, dim, norm_eps, bias)
         self.feedforward = Perceptron(dim, 4 * dim if feedforward is None else feedforward, activation, dropout, bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, sight: Sight | None = None, layer: int = 0) -> Tensor:
         """States ``[B, L, dim]`` from states.
@@ -108,7 +109,7 @@ class Perceptron(Configurable, nn.Module):
         self.activation = activation
         self.input = nn.Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
         self.output = nn.Linear(hidden, dim, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:
         """``[..., dim]`` from ``[..., dim]``."""

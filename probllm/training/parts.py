@@ -73,7 +73,7 @@ class Epoch(Sequence[list[list[Part]]]):
             return [Part(batch, count, count)]
         size, max_tokens = settings.bounds(1)
         collate: Callable[[Sequence[int]], Batch]
-        if isinstance(batches, Batches):
+        if type(batches) is Batches:  # another may make of its rows what it likes
             rows, data = batches.indices[index], batches.data
             # Every other row: those of a batch stand by length, and so each process gets as many tokens.
             groups = [data.cut(rows[rank :: processes.size], size, max_tokens) for rank in range(processes.size)]

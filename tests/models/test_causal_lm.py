@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +155,45 @@ def test_bad_decoders_and_long_prompts_are_named() -> None:
     model = transformer(positions="learned", max_length=6)
     with pytest.raises(ValueError, match="max_length"):
         generate(model, torch.zeros(1, 7, dtype=torch.long), 2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoints_are_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"positions": "learned", "activation": "gelu_tanh", "max_length": 16}
+    if family == "llama":
+        options = {"norm": "rms", "activation": "swiglu", "bias": False, "kv_heads": 1}
+    decoder = TransformerDecoder(SIZE, dim=8, layers=2, heads=2, dropout=0.0, **options)
+    model = CausalLM(decoder, begin=2, tied=tied).eval()
+    model.to_huggingface(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    text = torch.randint(0, SIZE, (2, 6))
+    read = torch.cat([torch.full((2, 1), 2), text[:, :-1]], 1)
+    expected = theirs(read).logits.log_softmax(-1).gather(-1, text.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(model.token_log_probs({"text": text}), expected, rtol=1e-4, atol=1e-4)
+    again = CausalLM.from_huggingface(tmp_path)
+    assert again.begin == 2
+    assert (again.head is None) == tied
+    torch.testing.assert_close(again.token_log_probs({"text": text}), expected, rtol=1e-4, atol=1e-4)
+    again.save(tmp_path / "ours")
+    loaded = CausalLM.load(tmp_path / "ours")
+    assert torch.equal(loaded.log_prob({"text": text}), again.log_prob({"text": text}))
+
+
+def test_decoders_that_no_checkpoint_has_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="RecurrentDecoder"):
+        MAKERS["lstm"]().to_huggingface(tmp_path)
+    with pytest.raises(ValueError, match="norm is 'layer'; a Llama checkpoint has 'rms'"):
+        transformer().to_huggingface(tmp_path)
+    untied = CausalLM(TransformerDecoder(SIZE + 1, dim=8, layers=1, heads=2, positions="learned"), tied=False)
+    with pytest.raises(ValueError, match="the output layer has 5 rows"):
+        untied.to_huggingface(tmp_path)
+    config = {"model_type": "gpt2", "vocab_size": 5, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    model = CausalLM(TransformerDecoder(SIZE, dim=8, layers=1, heads=2, positions="learned", max_length=8), begin=0)
+    model.to_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="neither bos_token_id nor eos_token_id"):
+        CausalLM.from_huggingface(tmp_path)
+    assert CausalLM.from_huggingface(tmp_path, begin=3).begin == 3

@@ -125,7 +125,15 @@ def write_bert(folder: str | Path, encoder: TransformerEncoder, head: Head | Non
         prefix = "" if head.transform is None else "bert."
     tensors = unload(encoder, _table(encoder), prefix)
     if head.transform is not None:
+        eps, activation = config["layer_norm_eps"], options["activation"]
+        if head.transform.norm.eps != eps or head.transform.activation != activation:
+            raise ValueError(
+                f"the head's transform has norm_eps {head.transform.norm.eps} and activation "
+                f"{head.transform.activation!r}; a BERT checkpoint has the encoder's, {eps} and {activation!r}"
+            )
         tensors |= unload(head.transform, _TRANSFORM)
+    if head.weight is not None and head.bias is not None:  # readers of an output layer of its own ask for both
+        tensors[f"{_HEAD}decoder.bias"] = head.bias.clone()
     bias = f"{_HEAD}decoder.bias" if f"{_HEAD}bias" in head.extra else f"{_HEAD}bias"
     for name, tensor in ((bias, head.bias), (f"{_HEAD}decoder.weight", head.weight)):
         if tensor is not None:
