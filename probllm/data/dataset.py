@@ -143,7 +143,7 @@ class Dataset(Sequence[Example]):
         if batch_size is None and max_tokens is None:
             batch_size = 32
         if not shuffle:
-            return Batches(self, self._cut(range(len(self)), batch_size, max_tokens))
+            return Batches(self, self.cut(range(len(self)), batch_size, max_tokens))
         random = np.random.default_rng([seed, epoch])
         order = random.permutation(len(self)).tolist()
         mean = max(1.0, float(np.mean(self.lengths))) if self.lengths else 1.0
@@ -151,10 +151,11 @@ class Dataset(Sequence[Example]):
         groups: list[list[int]] = []
         for start in range(0, len(order), pool):
             by_length = sorted(order[start : start + pool], key=self._sizes.__getitem__)
-            groups.extend(self._cut(by_length, batch_size, max_tokens))
+            groups.extend(self.cut(by_length, batch_size, max_tokens))
         return Batches(self, [groups[i] for i in random.permutation(len(groups))])
 
-    def _cut(self, order: Iterable[int], batch_size: int | None, max_tokens: int | None) -> list[list[int]]:
+    def cut(self, order: Iterable[int], batch_size: int | None, max_tokens: int | None) -> list[list[int]]:
+        """Examples in this order, by index, cut into groups as large as the bounds of ``batches`` let them be."""
         groups: list[list[int]] = []
         longest = 0
         for index in order:

@@ -23,6 +23,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the new name is to outlast a power cut as well
+        place = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
 
 
 def write_weights(state: Mapping[str, Tensor], folder: Path, stem: str) -> Path:

@@ -13,8 +13,10 @@ import pyro
 import torch
 
 from probllm.training.checkpoint import CHECKPOINT_FILE
-from probllm.training.loop import METRICS_FILE, RUN_FILE, Loop
+from probllm.training.journal import METRICS_FILE, STEPS_FILE, Journal
+from probllm.training.loop import RUN_FILE, Loop
 from probllm.training.optimisers import OptimiserFactory, OptimiserName
+from probllm.training.processes import start
 from probllm.training.run import Run
 from probllm.training.schedule import Schedule
 from probllm.training.settings import Settings
@@ -29,11 +31,13 @@ def fit(
     epochs: int = 10,
     batch_size: int | None = None,
     max_tokens: int | None = None,
+    accumulate: int = 1,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
     optimiser: OptimiserName | OptimiserFactory = "adamw",
     schedule: Schedule = "cosine",
     warmup: float = 0.05,
+    decay: float = 0.2,
     clip: float | None = 5.0,
     patience: int | None = None,
     metric: Callable[[Any, Any], float] | None = None,
@@ -42,7 +46,9 @@ def fit(
     weights: Mapping[str, float] | None = None,
     device: str | torch.device | None = None,
     mixed_precision: bool | None = None,
+    sharding: Literal["full"] | None = None,
     folder: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -61,18 +67,25 @@ def fit(
     and the same call with ``resume=True`` goes on. A second Ctrl-C does not wait. A killed run goes on from its last
     checkpoint (one every ten seconds), to the same numbers: bit for bit on one CPU thread.
 
+    Under ``torchrun``, or in an initialised process group, the processes deal out the rows of each step's batch and
+    make one run of it, the same as one process makes alone but for rounding and random draws. The first one writes.
+
     Args:
         model: a module with ``loss(batch)``, best a ``probllm.models`` model; or a dict of them by name.
         data: a ``Dataset``, or a dict of tensors with a common leading dimension; a dict of these for several models.
         validation: the same, to choose the best epoch by; None: no choice is made.
         epochs: passes over the data.
-        batch_size: sequences a step, 32 if neither this nor ``max_tokens`` is given.
-        max_tokens: tokens a step at most, padding counted.
+        batch_size: sequences that are computed at once, 32 if neither this nor ``max_tokens`` is given.
+        max_tokens: tokens that are computed at once at most, padding counted.
+        accumulate: a step is made on a batch so many times as large, computed in parts: the numbers are those of the
+            large batch, where the loss is a mean over sequences, the memory that of the small one.
         learning_rate: its highest value.
         weight_decay: on weights, but not on biases, norms and embeddings.
-        optimiser: ``"adamw"``, ``"adagrad"``, ``"sgd"``, or a function from torch's parameter groups to an optimiser.
-        schedule: ``"cosine"`` or ``"constant"`` after the warm-up.
+        optimiser: ``"adamw"``; ``"muon"`` for the hidden matrices, AdamW for the rest; ``"adagrad"``; ``"sgd"``; or a
+            function from torch's parameter groups to an optimiser.
+        schedule: ``"cosine"``, ``"constant"`` or ``"wsd"`` (constant, then a decay) after the warm-up.
         warmup: the part of the run over which the learning rate rises from 0, in [0, 1).
+        decay: the part of the run, at its end, over which ``"wsd"`` lowers the learning rate to 0, in (0, 1].
         clip: the largest norm of the gradient; None: no clipping.
         patience: stop after so many epochs without a better validation; None: make them all.
         metric: ``metric(model, validation) -> float`` to choose the best epoch by, in place of the validation loss.
@@ -81,22 +94,30 @@ def fit(
         weights: of the losses of several models; 1 each by default.
         device: where to train; a GPU where there is one by default.
         mixed_precision: bfloat16 where torch's autocast says so; by default on a GPU alone.
-        folder: for ``metrics.jsonl`` (a line an epoch), ``checkpoint.safetensors`` and ``run.json``.
+        sharding: where several processes train. None: each holds all weights; ``"full"``: each holds a part of every
+            weight, gradient and optimiser's state, and a GPU all weights only to validate and at the end.
+        folder: for ``steps.jsonl`` and ``metrics.jsonl`` (a line a step and an epoch), ``checkpoint.safetensors`` and
+            ``run.json``. Several processes must see the same one.
+        tensorboard: a folder for TensorBoard's curves.
         resume: go on from the checkpoint in ``folder``; from the start where there is none. False starts anew.
         seed: of the order of the data and of all random number generators, which are set to it.
         progress: a progress bar, in a terminal.
     Returns:
         the history, the best epoch and what it cost.
     Raises:
-        TypeError, ValueError: for bad arguments, or a checkpoint of another run.
+        TypeError, ValueError: for bad arguments, or a checkpoint that is damaged or of another run.
+        ImportError: if ``tensorboard`` is given and the package is missing.
         FloatingPointError: if the loss or a gradient is not finite; the message names epoch, batch and parameter.
         KeyboardInterrupt: after Ctrl-C.
     """
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if sharding not in (None, "full"):
+        raise ValueError(f"sharding is {sharding!r}, expected None or 'full'")
+    processes = start(device)
+    where = processes.device
     mixed = where.type == "cuda" if mixed_precision is None else mixed_precision
     settings = Settings(
-        epochs, batch_size, max_tokens, learning_rate, weight_decay, optimiser, schedule, warmup, clip, patience,
-        metric, mode, ema, mixed, seed,
+        epochs, batch_size, max_tokens, accumulate, learning_rate, weight_decay, optimiser, schedule, warmup, decay,
+        clip, patience, metric, mode, ema, mixed, seed,
     )  # fmt: skip
     if validation is None and (patience is not None or metric is not None):
         raise ValueError(f"{'patience' if metric is None else 'metric'} is given, but validation is None")
@@ -104,26 +125,36 @@ def fit(
         raise ValueError("resume=True needs the folder of the run to go on with")
     tasks = as_tasks(model, data, validation, weights)
     place = Path(folder) if folder is not None else None
+    boards = Path(tensorboard) if tensorboard is not None else None
+    journal = Journal(place, boards) if processes.first else Journal(None, None)
 
     pyro.set_rng_seed(seed)
+    sharded = sharding is not None and processes.size > 1
     for task in tasks:
-        task.model.to(where)
+        if not sharded:  # else only its shard is to be there
+            task.model.to(where)
         if getattr(task.model, "data_size", 0) is None:
             task.model.data_size = len(task.data)  # type: ignore[assignment]
-    if place is not None:
+    if place is not None and processes.first:
         place.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for name in (CHECKPOINT_FILE, METRICS_FILE, RUN_FILE):
+            for name in (CHECKPOINT_FILE, METRICS_FILE, STEPS_FILE, RUN_FILE):
                 (place / name).unlink(missing_ok=True)
-    loop = Loop(tasks, settings, where, place)
+    loop = Loop(tasks, settings, processes, place, journal)
     saved = loop.find_checkpoint() if resume else None
     if saved is None and len(tasks) == 1 and _estimate(loop):
         return loop.run
-    if saved is None or not saved[1]["finished"]:
-        loop.prepare()
+    if saved is None or not saved[1].get("finished"):
+        loop.prepare(sharded)
     if saved is not None:
         loop.resume(*saved)
-    return loop.run if loop.finished else loop.train(progress)
+    if loop.finished:
+        return loop.run
+    journal.open(loop.run.steps, loop.run.history)
+    try:
+        return loop.train(progress)
+    finally:
+        journal.close()
 
 
 def _estimate(loop: Loop) -> bool:
@@ -137,6 +168,7 @@ def _estimate(loop: Loop) -> bool:
         rows = model.estimate(task.data)
     except NotImplementedError:
         return False
+    model.to(loop.processes.device)
     run = loop.run
     run.training_seconds = time.perf_counter() - began
     run.stopped = "estimate"
@@ -150,5 +182,8 @@ def _estimate(loop: Loop) -> bool:
         run.best_epoch, run.best_value = len(run.history), run.history[-1][run.monitored]
     model.eval()
     loop.finished = True
+    loop.journal.open(0, [])
+    for row in run.history:
+        loop.journal.epoch(row)
     loop.record()
     return True

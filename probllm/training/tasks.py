@@ -101,35 +101,6 @@ def _source(argument: str, data: Any) -> Source:
     return data
 
 
-class Epoch(Sequence[list[Batch]]):
-    """The steps of an epoch, each one batch a task: the longest task once, the others over again until it ends."""
-
-    def __init__(
-        self, tasks: Sequence[Task], epoch: int, epochs: int, size: int | None, max_tokens: int | None, seed: int
-    ) -> None:
-        def passes(task: Task, number: int) -> Sequence[Any]:
-            # Pass 0 of every epoch is that of a run on this task alone; later passes have orders of their own.
-            return task.data.batches(size, max_tokens, True, seed, epoch + number * epochs)
-
-        firsts = [passes(task, 0) for task in tasks]
-        self.length = max(map(len, firsts))
-        self.plans: list[list[tuple[Sequence[Any], int]]] = []
-        for task, batches in zip(tasks, firsts, strict=True):
-            plan = [(batches, index) for index in range(len(batches))]
-            number = 0
-            while len(plan) < self.length:
-                number += 1
-                batches = passes(task, number)
-                plan.extend((batches, index) for index in range(len(batches)))
-            self.plans.append(plan[: self.length])
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, step: Any) -> Any:
-        return [plan[step][0][plan[step][1]] for plan in self.plans]
-
-
 def count_tokens(batch: Batch) -> int:
     """The number of real tokens in a batch, or of its sequences where it has no mask."""
     mask = batch.get("mask")

@@ -21,7 +21,8 @@ QUICK = {"epochs": 4, "learning_rate": 0.05, "batch_size": 16, "progress": False
 
 
 def numbers(run: Run) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]
+    timed = ("seconds", "tokens_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in run.history]
 
 
 def validation_loss(model, data) -> float:
@@ -72,7 +73,7 @@ def test_the_optimiser_follows_the_schedule():
             return super().step(closure)
 
     run = fit(TinyTagger(), DATA, optimiser=lambda groups: Spy(groups), warmup=0.25, **QUICK)
-    assert rates == pytest.approx([0.05 * rate_factor("cosine", (step + 0.5) / 16, 0.25) for step in range(16)])
+    assert rates == pytest.approx([0.05 * rate_factor("cosine", (step + 0.5) / 16, 0.25, 0.2) for step in range(16)])
     assert run.history[0]["learning_rate"] == pytest.approx(sum(rates[:4]) / 4)
 
 
@@ -300,13 +301,14 @@ def test_a_model_that_estimates_itself_takes_no_step(tmp_path):
 
     model = Counter()
     x = torch.arange(10.0)[:, None]
-    run = fit(model, {"x": x}, {"x": x}, folder=tmp_path, progress=False)
+    run = fit(model, {"x": x}, {"x": x}, folder=tmp_path, ema=0.5, progress=False)
     assert float(model.mean) == 4.5
     assert (run.stopped, run.steps, run.epochs) == ("estimate", 0, 2)
     assert run.history[-1]["validation_loss"] == pytest.approx(float(x.var(unbiased=False)))
     assert Run.load(tmp_path / "run.json") == run
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == run.history
     again = Counter()
-    assert fit(again, {"x": x}, {"x": x}, folder=tmp_path, resume=True, progress=False) == run
+    assert fit(again, {"x": x}, {"x": x}, folder=tmp_path, ema=0.5, resume=True, progress=False) == run
     assert float(again.mean) == 4.5
 
 
@@ -322,6 +324,7 @@ def test_the_folder_tells_the_story(tmp_path):
         "checkpoint.safetensors",
         "metrics.jsonl",
         "run.json",
+        "steps.jsonl",
     ]
 
 
@@ -425,12 +428,17 @@ class Constant(TinyTagger):
         ({"epochs": 2.0}, "epochs is 2.0"),
         ({"batch_size": -3}, "batch_size is -3"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"accumulate": 0}, "accumulate is 0, expected a whole number of at least 1"),
+        ({"sharding": "half"}, "sharding is 'half', expected None or 'full'"),
         ({"patience": True}, "patience is True"),
         ({"learning_rate": 0}, "learning_rate is 0, expected a finite number above 0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
         ({"weight_decay": -1}, "weight_decay is -1"),
         ({"warmup": 1.0}, "warmup is 1.0, expected"),
+        ({"decay": 0.0}, r"decay is 0.0, expected a finite number in \(0, 1\]"),
+        ({"schedule": "wsd", "warmup": 0.5, "decay": 0.6}, "warmup and decay are 0.5 and 0.6"),
+        ({"optimiser": "muon"}, "the model has no hidden matrix"),
         ({"clip": 0.0}, "clip is 0.0"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"seed": -1}, "seed is -1"),

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from probllm.training import Run, fit, loop
-from probllm.training.checkpoint import CHECKPOINT_FILE, load_checkpoint
+from probllm.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, random_states, save_checkpoint
 from tests.models.battery import assert_equal_weights, weights
 from tests.training.tagging import TinyTagger, accuracy, tagged
 from tests.training.test_fit import numbers
@@ -151,58 +149,53 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, message):
         fit(built(), DATA, HELD_OUT, folder=tmp_path, resume=True, **{**SETTINGS, **changes})
     with pytest.raises(ValueError, match=r"len\(data\)=48, not 47"):
         fit(built(), DATA[:47], HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
-    other = TinyTagger(dim=4)
-    before = weights(other)
-    with pytest.raises(ValueError, match=r"other weights: .*embedding.weight"):
-        fit(other, DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
-    assert_equal_weights(weights(other), before)
 
 
-def test_a_broken_checkpoint_is_named(tmp_path):
-    (tmp_path / CHECKPOINT_FILE).write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"checkpoint.safetensors is not a checkpoint"):
+def test_a_checkpoint_of_another_shape_is_refused_by_the_first_tensor_that_differs(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(built(at=9), DATA, HELD_OUT, folder=tmp_path, **SETTINGS)
+    narrow, double, wide = TinyTagger(dim=4), built().double(), built()
+    wide.more = nn.Linear(2, 2)
+    for other, message in [
+        (narrow, r"other weights: embedding\.weight has shape \[12, 6\], expected \[12, 4\]"),
+        (double, r"other weights: bias_unconstrained has dtype torch\.float32, expected torch\.float64"),
+        (wide, r"other weights: more\.weight is missing"),
+    ]:
+        before = weights(other)
+        with pytest.raises(ValueError, match=message):
+            fit(other, DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
+        assert_equal_weights(weights(other), before)
+
+
+def rewritten(folder, change):
+    """The checkpoint in the folder with its tensors and values changed, and its checksums as they should be."""
+    tensors, values = load_checkpoint(folder)
+    del values["generators"]
+    change(tensors, values)
+    states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("random/")}
+    numbers = random_states()[1]
+    save_checkpoint(folder, tensors, values, [({n.removeprefix("random/0/"): t for n, t in states.items()}, numbers)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, v: t.pop("average//output.weight"), r"other averages: output\.weight is missing"),
+        (lambda t, v: t.update({"best//more": torch.ones(1)}), r"other best weights: more is not expected"),
+        (
+            lambda t, v: t.update({"optimiser//output.bias/exp_avg": torch.ones(5)}),
+            r"the optimiser's output\.bias/exp_avg has shape \[5\], expected \[3\]",
+        ),
+        (lambda t, v: v.pop("sums"), r"holds a checkpoint without 'sums'"),
+        (lambda t, v: v["run"].pop("steps"), r"not the record of a run: missing \['steps'\]"),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_named(tmp_path, change, message):
+    with pytest.raises(KeyboardInterrupt):
+        fit(built(at=9), DATA, HELD_OUT, folder=tmp_path, **SETTINGS)
+    rewritten(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
         fit(built(), DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
-
-
-CHILD = """
-import sys, time, torch
-from probllm.training import fit, loop
-from tests.training import test_resume as it
-loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SHARE = 0.0, 1e9
-torch.set_num_threads(1)
-def slowly(self, batch, loss=it.Cut.loss):
-    time.sleep(0.02)
-    return loss(self, batch)
-it.Cut.loss = slowly
-fit(it.built(), it.DATA, it.HELD_OUT, folder=sys.argv[1], **it.SETTINGS)
-"""
-
-
-def test_a_run_that_was_killed_goes_on_to_the_same_numbers(tmp_path):
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=root, env=environment)
-    try:
-        reference, expected = whole_run()
-        deadline = time.monotonic() + 60
-        while True:
-            assert child.poll() is None, "the child ended before it was killed"
-            assert time.monotonic() < deadline
-            found = load_checkpoint(tmp_path)
-            if found is not None and found[1]["epoch"] >= 1 and found[1]["position"] >= 2:
-                break
-            time.sleep(0.005)
-        os.kill(child.pid, signal.SIGKILL)
-    finally:
-        child.kill()
-        child.wait()
-    found = load_checkpoint(tmp_path)
-    assert found is not None
-    assert not found[1]["finished"]
-    model = built()
-    run = fit(model, DATA, HELD_OUT, folder=tmp_path, resume=True, **SETTINGS)
-    assert numbers(run) == numbers(reference)
-    assert_equal_weights(weights(model), expected)
 
 
 def test_every_checkpoint_in_a_run_leads_to_the_same_end(tmp_path, monkeypatch):
