@@ -192,7 +192,7 @@ def grammar_rows() -> Iterator[Row]:
 def hmm_rows() -> Iterator[Row]:
     import torch
 
-    from probllm.distributions import HiddenMarkovModel
+    from probllm.distributions import HiddenMarkovModel, LinearChainCRF
 
     b, t, v = 32, 128, 50
     symbols = torch.randint(0, v, (b, t))
@@ -242,6 +242,25 @@ def hmm_rows() -> Iterator[Row]:
 
         peers = {"ours": ours, "Pyro": pyro_hmm, "torch-struct": struct, "dynamax": dynamax_hmm}
         yield Row("HMM: log p(x) + gradients", f"B{b} T{t} K{k} V{v}", peers)
+
+        def given(k: int = k) -> Call:
+            return gradients(lambda e, a: LinearChainCRF(e, a).log_partition, leaf(b, t, k), leaf(k, k))
+
+        def dynamax_given(k: int = k) -> Call:
+            jax = dynamax_ready()
+            from dynamax.hidden_markov_model import hmm_filter
+
+            def log_z(e: Any, a: Any) -> Any:
+                first, moves = jax.numpy.full(k, 1 / k), jax.nn.softmax(a, -1)
+                return jax.vmap(lambda x: hmm_filter(first, moves, x).marginal_loglik)(e).sum()
+
+            run = jax.jit(jax.value_and_grad(log_z, (0, 1)))
+            keys = jax.random.split(jax.random.PRNGKey(0), 2)
+            leaves = [jax.random.normal(key, x) for key, x in zip(keys, ((b, t, k), (k, k)), strict=True)]
+            return lambda: jax.block_until_ready(run(*leaves))
+
+        peers = {"ours": given, "dynamax": dynamax_given}
+        yield Row("HMM: log Z of log likelihoods + gradients", f"B{b} T{t} K{k}", peers)
 
     k = 32
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from probllm.math.hmm import expected_counts
+from probllm.math.chain import as_chain, chain_log_partition
+from probllm.math.hmm import expected_counts, log_likelihood
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -177,3 +178,62 @@ def test_nan_logits_are_refused(index: int) -> None:
     logits[index].view(-1)[1] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         expected_counts(torch.ones(2, 3, dtype=torch.long), *logits)
+
+
+def chain_log_prob(symbols: Tensor, scores: list[Tensor], lengths: Tensor | None) -> Tensor:
+    initial, transition, emission = scores
+    chain = as_chain(emission.t()[symbols], transition, initial, None, lengths)
+    return chain_log_partition(chain)
+
+
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 12), st.integers(1, 6), st.booleans(), st.integers(0, 99))
+def test_the_counts_are_the_derivatives_of_the_log_likelihood(
+    rows: int, steps: int, k: int, size: int, weighted: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    symbols = torch.randint(0, size, (rows, steps))
+    lengths = torch.randint(1, steps + 1, (rows,))
+    scores = [
+        torch.randn(shape, dtype=torch.float64).log_softmax(-1).requires_grad_() for shape in ((k,), (k, k), (k, size))
+    ]
+    weights = torch.randn(rows, dtype=torch.float64) if weighted else torch.ones(rows, dtype=torch.float64)
+    found, expected = log_likelihood(symbols, *scores, lengths), chain_log_prob(symbols, scores, lengths)
+    torch.testing.assert_close(found, expected)
+    slopes = torch.autograd.grad(found, scores, weights)
+    for one, other in zip(slopes, torch.autograd.grad(expected, scores, weights), strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        assert torch.equal(log_likelihood(symbols, *scores, lengths), found)
+
+
+def test_the_log_likelihood_is_twice_differentiable() -> None:
+    torch.manual_seed(0)
+    symbols, lengths = torch.randint(0, 4, (3, 4)), torch.tensor([4, 1, 3])
+    scores = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2,), (2, 2), (2, 4))]
+    torch.autograd.gradgradcheck(lambda *x: log_likelihood(symbols, *x, lengths), scores)
+    value = log_likelihood(symbols, *scores).sum()
+    value.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
+
+
+def test_gradients_are_asked_for_part_by_part() -> None:
+    symbols = torch.tensor([[0, 1, 1], [2, 0, 1]])
+    scores = [torch.randn(s, dtype=torch.float64).log_softmax(-1) for s in ((2,), (2, 2), (2, 3))]
+    whole = [x.clone().requires_grad_() for x in scores]
+    expected = torch.autograd.grad(log_likelihood(symbols, *whole).sum(), whole)
+    for i in range(3):
+        one = [x.clone().requires_grad_(i == j) for j, x in enumerate(scores)]
+        value = log_likelihood(symbols, *one)
+        (slope,) = torch.autograd.grad(value.sum(), one[i], create_graph=True)
+        torch.testing.assert_close(slope, expected[i])
+
+
+def test_what_no_state_emits_has_no_probability_and_no_gradient() -> None:
+    emission = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log().requires_grad_()
+    initial, transition = torch.zeros(2).log_softmax(-1), torch.zeros(2, 2).log_softmax(-1)
+    found = log_likelihood(torch.tensor([[0, 1], [0, 2]]), initial, transition, emission)
+    assert found.tolist()[1] == -math.inf
+    (slope,) = torch.autograd.grad(found[0], emission)
+    assert torch.isfinite(slope).all()
+    assert slope.sum() == 2.0
