@@ -14,7 +14,8 @@ can do better"; Yang, Liu and Tu (2022).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,44 +64,66 @@ def low_rank_rules(head: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (rules + sum(highs).unsqueeze(-1)).to(head.dtype)  # type: ignore[union-attr]
 
 
-
-
 # ---- by the kernels
 
 
-class _Kept(NamedTuple):
-    """What the backward pass needs: of all rows but those that range too widely, and of these."""
+class _Part(NamedTuple):
+    """Rows that went one way, and what its backward pass needs."""
 
-    most: cfg_positions.Kept
-    wide: Tensor  # [B] bool
-    rest: cfg_scaled.Kept | None
+    tried: Tensor  # [B] bool
+    done: Tensor  # [B] bool, of these
+    backward: Callable[[Any, Tensor], tuple[Tensor, ...]]
+    kept: Any
+
+
+class _Kept(NamedTuple):
     log_z: Tensor  # [B]
+    parts: list[_Part]
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
-    """log Z ``[B]`` of spans ``[B, T, T, M]``, rules, root and unary as in ``cfg_torch.inside``, with 1 or B rows."""
-    log_z, flags, most = cfg_positions.forward(scores, lengths, keep)
-    wide, rest = torch.from_numpy(flags != 0), None
-    if flags.any():
-        log_z[wide], rest = cfg_scaled.forward(_rows(scores, wide), lengths[wide], keep)
-    return log_z, _Kept(most, wide, rest, log_z) if most is not None else None
+    """log Z ``[B]`` of spans ``[B, T, T, M]``, rules, root and unary as in ``cfg_torch.inside``, with 1 or B rows.
+
+    Rows whose scores range too widely for one arithmetic go on to the next.
+    """
+    rows = len(lengths)
+    log_z, left, parts = torch.empty(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.bool), []
+    narrow = all(x.dtype != torch.float64 for x in scores)
+    for arithmetic in (cfg_positions.SINGLE, cfg_positions.DOUBLE) if narrow else (cfg_positions.DOUBLE,):
+        tried = left
+        log_z[tried], flags, kept = cfg_positions.forward(arithmetic, *_rows(scores, lengths, tried), keep)
+        left = torch.zeros_like(tried)
+        left[tried] = torch.from_numpy(flags != 0)
+        parts.append(_Part(tried, tried & ~left, cfg_positions.backward, kept))
+        if not flags.any():
+            break
+    else:
+        log_z[left], rest = cfg_scaled.forward(*_rows(scores, lengths, left), keep)
+        parts.append(_Part(left, left, cfg_scaled.backward, rest))
+    return log_z, _Kept(log_z, parts) if keep else None
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     """weights * the gradient of log Z in spans, rules, root and unary, in their shapes; summed over rows that share."""
     weights = torch.where(kept.log_z > -torch.inf, weights.detach().double(), 0.0)
-    found = cfg_positions.backward(kept.most, torch.where(kept.wide, 0.0, weights))
-    if kept.rest is not None:
-        for x, part in zip(found, cfg_scaled.backward(kept.rest, weights[kept.wide]), strict=True):
-            if x.shape[0] == len(kept.wide):
-                x[kept.wide] += part.to(x.dtype)
+    first, *others = kept.parts
+    found = first.backward(first.kept, torch.where(first.done, weights, 0.0))
+    for part in others:
+        more = part.backward(part.kept, torch.where(part.done, weights, 0.0)[part.tried])
+        found = tuple(x.to(y.dtype) for x, y in zip(found, more, strict=True))
+        for x, y in zip(found, more, strict=True):
+            if x.shape[0] == len(weights):
+                x[part.tried] += y
             else:
-                x += part
+                x += y
     return found
 
 
-def _rows(scores: tuple[Tensor, ...], which: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x[which] if x.shape[0] == len(which) else x for x in scores)
+def _rows(scores: tuple[Tensor, ...], lengths: Tensor, which: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Scores and lengths of some rows; what all rows share stays shared."""
+    if bool(which.all()):
+        return scores, lengths
+    return tuple(x[which] if x.shape[0] == len(which) else x for x in scores), lengths[which]
 
 
 RECURSION = Recursion(inside, forward, backward)

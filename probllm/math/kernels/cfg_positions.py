@@ -7,12 +7,12 @@ With the words' scores w_i and a growth g of the sentence taken out,
     u_w[A, i] = sum_{X, Z} r[A, X, Z] Y_w[X, Z, i] + sum_Z L[A, Z, i] b_{w-1}[Z, i + 1]
               + sum_X R[A, X, i + w - 1] b_{w-1}[X, i],    b_w[A, i] = exp(s(i, j, A)) u_w[A, i]
 
-where L and R are the rules summed over the symbols of a left and a right child that is a word. All splits of a span have
-one scale, so products need no factor of their own. That holds as far as doubles reach: g follows the sentence so that
-the greatest b of a width stays near 1, and a row with a b beyond what ``_LEAST`` and ``_MOST`` allow is given up.
+where L and R are the rules summed over the symbols of a left and a right child that is a word. All splits of a span
+have one scale, so products need no factor of their own. g follows the sentence so that the greatest b of a width stays
+near 1; a row with a b that is beyond bounds then is given up, so that nothing underflows in one that is not.
 
-A chart is flat, [T widths, Np symbols, row] with rows as in ``positions``; Np, Mp: N and M in whole sides; width 1 holds
-nonterminals that are words. Nothing underflows in a row that is not given up: see ``_LEAST``.
+A chart is flat, [T widths, Np symbols, row] with rows as in ``positions``; Np, Mp: N and M in whole sides; width 1
+holds nonterminals that are words.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import math
 import numpy as np
 
 from probllm.math.kernels.compiled import compiled
-from probllm.math.kernels.lanes import aligned
 from probllm.math.kernels.positions import (
     PAD,
+    aligned_zeros,
     apply,
     exponentiate,
     multiply_places,
@@ -32,12 +32,8 @@ from probllm.math.kernels.positions import (
     outer_sums,
     row_of,
     scale_places,
+    split_places,
 )
-
-# a product of two b, a rule and an exponential of a score is no less than 1e-200 * 1e-60 * 1e-40, a normal number
-_LEAST, _MOST, SMALL, _REACH = 1e-100, 1e100, 1e-60, 90.0
-# how far the greatest b of a width may stray from 1 before all are scaled
-_STRAY = 1e25
 
 
 @compiled()
@@ -67,26 +63,26 @@ def _word_rules(tables, at, words, n, n_all, low, live, side, row, lefts, rights
 
 
 @compiled()
-def _gather(spans, w, count, n_all, row, out, at):  # type: ignore[no-untyped-def]
+def _gather(spans, w, count, n_all, lanes, row, out, at):  # type: ignore[no-untyped-def]
     """Writes the scores of all spans of a width; -inf behind them, up to a whole vector."""
     for i in range(count):
         for a in range(n_all):
             out[at + a * row + i] = spans[i, i + w - 1, a]
-    for i in range(count, -(-count // 8) * 8):
+    for i in range(count, -(-count // lanes) * lanes):
         for a in range(n_all):
             out[at + a * row + i] = -math.inf
 
 
 @compiled()
-def _grow(by, chart, level, widths, words, lefts, rights, found):  # type: ignore[no-untyped-def]
+def _grow(by, chart, level, widths, words, lefts, rights, least, most, found):  # type: ignore[no-untyped-def]
     """Multiplies every word by ``by``; returns whether the chart is within bounds then."""
     power, good = 1.0, True
     for w in range(1, widths + 1):
         power *= by
-        scale_places(power, chart, (w - 1) * level, level, found)
-        good = good and (w == 1 or (found[0] >= _LEAST and found[1] <= _MOST))
+        scale_places(chart.dtype.type(power), chart, (w - 1) * level, level, found)
+        good = good and (w == 1 or (found[0] >= least and found[1] <= most))
     for x in (words, lefts, rights):
-        scale_places(by, x, 0, len(x), found)
+        scale_places(x.dtype.type(by), x, 0, len(x), found)
     return good
 
 
@@ -101,26 +97,27 @@ def _pairs(chart, w, count, level, row, side, padded, pairs, wide):  # type: ign
 
 @compiled()
 def inside(  # type: ignore[no-untyped-def]
-    spans, leaves, leaf_scales, tables, by_parent, greatest, root, lengths, low, side, charts, factors, growth, log_z,
-    flags, first, step,
+    spans, leaves, leaf_scales, tables, by_parent, greatest, root, lengths, low, side, bounds, charts, factors, growth,
+    log_z, flags, first, step,
 ):  # fmt: skip
     """log_z [B], and what ``outside`` needs; flags [B]: 1 where a row is given up (or was, on entry).
 
     spans [B, T, T, M]: scores; leaves [B, T, M - low], leaf_scales [B, T]: beta of a word's symbols from ``low`` (0, or
     N where no nonterminal is a word) and what was taken out of it; tables [G, Np, Mp, Mp]: r, 0 behind N and M
     by_parent [G, Np, Np Np]: r of nonterminals; greatest [G], root [G, N]: exponentials of scores less their greatest
+    bounds: the least and the greatest b allowed, the greatest absolute score, and how far the greatest b of a width may
+    stray from 1 before all are scaled
     charts, factors [B, T Np row]: b, exp(s); growth [B]: 1 / g
     """
     rows, size, _, _ = spans.shape
-    n_all, live, row = root.shape[1], leaves.shape[2], row_of(size)
-    padded, all_padded = by_parent.shape[1], tables.shape[2]
-    level, wide = padded * row, -(-size // 8) * 8
-    words = aligned((live + side) * row + PAD)
-    lefts, rights = aligned(padded * all_padded * row + PAD), aligned(padded * padded * row + PAD)
-    pairs, made = aligned(padded * padded * wide), aligned(padded * wide)
-    flat, flat_parent, found = tables.ravel(), by_parent.ravel(), np.empty(2)
-    for x in (lefts, rights, pairs, made):
-        x[:] = 0.0
+    n_all, live, lanes = root.shape[1], leaves.shape[2], 64 // leaves.itemsize
+    row, padded, all_padded = row_of(size, lanes), by_parent.shape[1], tables.shape[2]
+    level, wide, across = padded * row, -(-size // lanes) * lanes, all_padded * row
+    words = aligned_zeros((live + side) * row + PAD, leaves)
+    lefts, rights = aligned_zeros(padded * across + PAD, leaves), aligned_zeros(padded * level + PAD, leaves)
+    pairs, made = aligned_zeros(padded * padded * wide, leaves), aligned_zeros(padded * wide, leaves)
+    flat, flat_parent, found = tables.ravel(), by_parent.ravel(), np.empty(2, leaves.dtype)
+    least, greatest_b, reach, stray = bounds
     for b in range(first, rows, step):
         log_z[b] = -math.inf
         if flags[b]:
@@ -128,7 +125,6 @@ def inside(  # type: ignore[no-untyped-def]
         g = b if tables.shape[0] > 1 else 0
         n, chart, factor = lengths[b], charts[b], factors[b]
         chart[:] = 0.0
-        factor[:] = 0.0
         growth[b] = 1.0
         _words(leaves[b], n, 1.0, row, words)
         _word_rules(flat, g * padded * all_padded**2, words, n, n_all, low, live, side, row, lefts, rights)
@@ -137,9 +133,9 @@ def inside(  # type: ignore[no-untyped-def]
         good = True
         for w in range(2, n + 1):
             here, below, count = (w - 1) * level + PAD, (w - 2) * level + PAD, n - w + 1
-            _gather(spans[b], w, count, n_all, row, factor, here)
-            vectors = -(-count // 8) * 8
-            if exponentiate(factor, here, row, n_all, vectors) > _REACH:
+            _gather(spans[b], w, count, n_all, lanes, row, factor, here)
+            vectors = -(-count // lanes) * lanes
+            if exponentiate(factor, here, row, n_all, vectors) > reach:
                 good = False
                 break
             if w > 3:
@@ -150,7 +146,6 @@ def inside(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
             else:
                 made[:] = 0.0
-            across = all_padded * row
             apply(
                 lefts, PAD, row, across, chart, below + 1, row, 0, n_all, made, 0, wide, 0, side, padded, 1, count
             )  # fmt: skip
@@ -166,14 +161,14 @@ def inside(  # type: ignore[no-untyped-def]
                     wide, 0, side, padded, 1, count,
                 )  # fmt: skip
             multiply_places(made, 0, wide, factor, chart, here, row, n_all, vectors, found)
-            most = found[1]
-            if found[0] < _LEAST or not most <= _MOST:
+            most = np.float64(found[1])
+            if found[0] < least or not most <= greatest_b:
                 good = False
                 break
-            if most > _STRAY or 0.0 < most < 1.0 / _STRAY:
-                by = most ** (-1.0 / w)
+            if most > stray or 0.0 < most < 1.0 / stray:
+                by = np.float64(leaves.dtype.type(most ** (-1.0 / w)))
                 growth[b] *= by
-                if not _grow(by, chart, level, w, words, lefts, rights, found):
+                if not _grow(by, chart, level, w, words, lefts, rights, least, greatest_b, found):
                     good = False
                     break
         if not good:
@@ -198,20 +193,19 @@ def outside(  # type: ignore[no-untyped-def]
     by_pair [G, Np Np, N8]: by_parent; mass [B, T, T, M]: the gradient in the scores of wide spans; to_leaves, to_root
     [S, N]: in the logarithms of leaves and root; to_left [S, Np, Mp, L8], to_right [S, Np, Np, L8], to_pairs
     [S, Np Np, N8]: in tables, as [A, Z, X], [A, X, Z] and [(X, Z), A], the child from ``low`` on last that is a word;
-    summed over a share's rows, or a row's own where G > 1. N8, L8: N and M - low in vectors of 8. 0 on entry.
+    summed over a share's rows, or a row's own where G > 1. N8, L8: N and M - low in whole vectors. 0 on entry.
     """
     rows, size, live = leaves.shape
-    n_all, row = root.shape[1], row_of(size)
-    padded, all_padded, parents = by_parent.shape[1], tables.shape[2], by_pair.shape[2]
-    level, wide, across, last = padded * row, -(-size // 8) * 8, all_padded * row, to_left.shape[3]
-    words, d_words = aligned((live + side) * row + PAD), aligned((live + side) * row + PAD)
-    lefts, d_lefts = aligned(padded * all_padded * row + PAD), aligned(padded * all_padded * row + PAD)
-    rights, d_rights = aligned(padded * padded * row + PAD), aligned(padded * padded * row + PAD)
-    pairs, d_pairs = aligned(padded * padded * wide), aligned(padded * padded * wide)
-    d, turned, leaf = aligned(charts.shape[1]), aligned(wide * parents), aligned(wide * last)
-    flat, flat_parent, flat_pair = tables.ravel(), by_parent.ravel(), by_pair.ravel()
-    for x in (lefts, rights, d_lefts, d_rights, pairs, d_pairs, turned, leaf):
-        x[:] = 0.0
+    n_all, lanes = root.shape[1], 64 // leaves.itemsize
+    row, padded, all_padded, parents = row_of(size, lanes), by_parent.shape[1], tables.shape[2], by_pair.shape[2]
+    level, wide, across, last = padded * row, -(-size // lanes) * lanes, all_padded * row, to_left.shape[3]
+    words, d_words = aligned_zeros((live + side) * row + PAD, leaves), aligned_zeros((live + side) * row + PAD, leaves)
+    lefts, d_lefts = aligned_zeros(padded * across + PAD, leaves), aligned_zeros(padded * across + PAD, leaves)
+    rights, d_rights = aligned_zeros(padded * level + PAD, leaves), aligned_zeros(padded * level + PAD, leaves)
+    pairs, d_pairs = aligned_zeros(padded * padded * wide, leaves), aligned_zeros(padded * padded * wide, leaves)
+    d, turned = aligned_zeros(charts.shape[1], leaves), aligned_zeros(wide * parents, leaves)
+    leaf, made = aligned_zeros(wide * last, leaves), aligned_zeros(padded * wide, leaves)
+    flat, flat_pair = tables.ravel(), by_pair.ravel()
     for b in range(first, rows, step):
         if weights[b] == 0.0:
             continue
@@ -231,11 +225,10 @@ def outside(  # type: ignore[no-untyped-def]
             to_root[own, a] += d[top + a * row] * chart[top + a * row]
         for w in range(n, 1, -1):
             here, below, count = (w - 1) * level + PAD, (w - 2) * level + PAD, n - w + 1
-            for a in range(n_all):
-                for i in range(count):
-                    at = here + a * row + i
-                    mass[b, i, i + w - 1, a] = d[at] * chart[at]
-                    d[at] *= factor[at]
+            split_places(d, chart, factor, here, row, made, wide, n_all, -(-count // lanes) * lanes)
+            for i in range(count):
+                for a in range(n_all):
+                    mass[b, i, i + w - 1, a] = made[a * wide + i]
             apply(
                 lefts, PAD, across, row, d, here, row, 0, n_all, d, below + 1, row, 0, side, padded, 1, count
             )  # fmt: skip
@@ -259,8 +252,8 @@ def outside(  # type: ignore[no-untyped-def]
                 pairs, 0, wide, 1, turned, 0, parents, count, by_both, 0, parents, True, side, padded * padded, n_all
             )  # fmt: skip
             multiply_rows(
-                flat_pair, g * padded * padded * parents, parents, 1, d, here, row, n_all, d_pairs, 0, wide, False, side,
-                padded * padded, count,
+                flat_pair, g * padded * padded * parents, parents, 1, d, here, row, n_all, d_pairs, 0, wide, False,
+                side, padded * padded, count,
             )  # fmt: skip
             after = (w - 3) * level + PAD
             apply(
@@ -271,7 +264,7 @@ def outside(  # type: ignore[no-untyped-def]
                 d_pairs, 0, padded * wide, wide, chart, level + PAD, row, level, n_all, d, after + 2, row, 1 - level,
                 side, padded, w - 3, count,
             )  # fmt: skip
-        _to_word_rules(chart, words, d, n, n_all, low, live, level, row, side, d_lefts, d_rights)
+        _to_word_rules(chart, words, d, n, n_all, low, live, level, lanes, row, side, d_lefts, d_rights)
         for i in range(n):
             for q in range(live):
                 leaf[i * last + q] = words[q * row + PAD + i]
@@ -304,25 +297,25 @@ def outside(  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _to_word_rules(chart, words, d, n, n_all, low, live, level, row, side, d_lefts, d_rights):  # type: ignore[no-untyped-def]
+def _to_word_rules(chart, words, d, n, n_all, low, live, level, lanes, row, side, d_lefts, d_rights):  # type: ignore[no-untyped-def]
     """The gradients in L and R, d holding that in u."""
     padded = level // row
     across = len(d_lefts) // level * row
-    for i in range(0, n, 8):
+    for i in range(0, n, lanes):
         # the spans that begin with these words, from two words on; and those that end with them, from three on
         outer_sums(
             d, level + PAD + i, level, chart, PAD + i + 1, level, row, n - i - 1, d_lefts, PAD + i, across, row, side,
-            padded, min(8, n - i),
+            padded, min(lanes, n - i),
         )  # fmt: skip
         outer_sums(
-            d, 2 * level + PAD + i - 2, level - 1, chart, level + PAD + i - 2, level - 1, row, min(n, i + 8) - 2,
-            d_rights, PAD + i, level, row, side, padded, min(8, n - i),
+            d, 2 * level + PAD + i - 2, level - 1, chart, level + PAD + i - 2, level - 1, row, min(n, i + lanes) - 2,
+            d_rights, PAD + i, level, row, side, padded, min(lanes, n - i),
         )  # fmt: skip
     preterminals = (n_all - low) * row + PAD + 1
-    for v in range(0, n, 8):
+    for v in range(0, n, lanes):
         for r in range(0, padded, side):
             for c in range(0, low + live - n_all, side):
                 outer_sums(
                     d, level + PAD + v + r * row, 0, words, preterminals + v + c * row, 0, row, 1 if n > 1 else 0,
-                    d_lefts, PAD + v + r * across + (n_all + c) * row, across, row, side, side, min(8, n - v),
+                    d_lefts, PAD + v + r * across + (n_all + c) * row, across, row, side, side, min(lanes, n - v),
                 )  # fmt: skip

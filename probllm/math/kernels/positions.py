@@ -2,7 +2,7 @@
 
 Arrays are flat, and a row is a run of places; each function says by how many entries its sums step from one row to the
 next. Sums stay in registers, ``side`` (4 or 5) rows by as many; rows come in multiples of it, and their places in
-vectors of 8, the last of 4 where that will do.
+vectors of 64 bytes (``lanes`` of them, 8 doubles or 16 floats), the last of 32 where that will do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -18,13 +19,26 @@ from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.exponentials import exp_vector
 from probllm.math.kernels.vectors import Emit
 
-PAD = 8  # zeros before the first place of a row: a vector may begin before it
+PAD = 16  # zeros before the first place of a row: a vector may begin before it
 
 
 @compiled()
-def row_of(places):  # type: ignore[no-untyped-def]
+def row_of(places, lanes):  # type: ignore[no-untyped-def]
     """Entries from one row to the next."""
-    return PAD + -(-places // 8) * 8
+    return PAD + -(-places // lanes) * lanes
+
+
+@compiled()
+def aligned_zeros(size, like):  # type: ignore[no-untyped-def]
+    """``size`` zeros of the type of ``like`` from the begin of a cache line: no vector then lies in two."""
+    room = np.zeros(size + PAD, like.dtype)
+    skip = -(room.ctypes.data // room.itemsize) % (64 // room.itemsize)
+    return room[skip : skip + size]
+
+
+def _emit(context: Any, builder: Any, array: Any, parts: int) -> Emit:
+    """For vectors of 64 bytes, or of one of so many parts of that."""
+    return Emit(context, builder, array.dtype, 512 // array.dtype.bitwidth // parts)
 
 
 def _place(builder: Any, start: Any, *moves: tuple[Any, Any]) -> Any:
@@ -33,7 +47,7 @@ def _place(builder: Any, start: Any, *moves: tuple[Any, Any]) -> Any:
     return start
 
 
-def _outer(lanes: int, side: int) -> Any:
+def _outer(parts: int, side: int) -> Any:
     """(x, at, step, z, after, stride, row, n, out, there, wide, narrow): for r, c < side, in each lane,
 
     out[there + r wide + c narrow] = sum over t < n of x[at + t step + r row] z[after + t stride + c row].
@@ -45,7 +59,7 @@ def _outer(lanes: int, side: int) -> Any:
         there: Any, wide: Any, narrow: Any
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = _emit(context, builder, sig.args[0], parts)
             x_data, z_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 3, 8))
             _, at, step, _, after, stride, row, n, _, there, wide, narrow = arguments
             numbers = [emit.integer(i) for i in range(side)]
@@ -68,8 +82,8 @@ def _outer(lanes: int, side: int) -> Any:
     return outer
 
 
-def _apply(lanes: int, side: int, several: int) -> Any:
-    """(m, at, along, across, v, after, down, step, n, out, there, row, stride): for r < side, k < several, in each lane,
+def _apply(parts: int, side: int, several: int) -> Any:
+    """(m, at, along, across, v, after, down, step, n, out, there, row, stride): for r < side and k < several,
 
     out[there + r row + k stride] += sum over q < n of m[at + q along + r across] v[after + q down + k step].
     """
@@ -80,7 +94,7 @@ def _apply(lanes: int, side: int, several: int) -> Any:
         out: Any, there: Any, row: Any, stride: Any
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = _emit(context, builder, sig.args[0], parts)
             m_data, v_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 4, 9))
             _, at, along, across, _, after, down, step, n, _, there, row, stride = arguments
             rows, copies = ([emit.integer(i) for i in range(count)] for count in (side, several))
@@ -104,8 +118,8 @@ def _apply(lanes: int, side: int, several: int) -> Any:
     return apply
 
 
-def _tile(lanes: int, vectors: int, rows: int) -> Any:
-    """(x, at, across, along, m, after, down, n, out, there, row, more): for r < rows, c < lanes * vectors,
+def _tile(parts: int, vectors: int, rows: int) -> Any:
+    """(x, at, across, along, m, after, down, n, out, there, row, more): for r < rows and the places c of the vectors,
 
     out[there + r row + c] = sum over q < n of x[at + r across + q along] m[after + q down + c], added if ``more``.
     """
@@ -116,11 +130,11 @@ def _tile(lanes: int, vectors: int, rows: int) -> Any:
         there: Any, row: Any, more: Any
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            emit = Emit(context, builder, sig.args[0].dtype, lanes)
+            emit = _emit(context, builder, sig.args[0], parts)
             x_data, m_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 4, 8))
             _, at, across, along, _, after, down, n, _, there, row, more = arguments
             numbers = [emit.integer(i) for i in range(rows)]
-            ahead = [emit.integer(v * lanes) for v in range(vectors)]
+            ahead = [emit.integer(v * emit.lanes) for v in range(vectors)]
             sums = [[emit.variable() for _ in ahead] for _ in numbers]
             with cgutils.for_range(builder, n, intp=emit.integer) as loop:
                 first, second = _place(builder, at, (loop.index, along)), _place(builder, after, (loop.index, down))
@@ -145,11 +159,11 @@ def _tile(lanes: int, vectors: int, rows: int) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def exponentiate(typingctx: Any, x: Any, at: Any, row: Any, rows: Any, width: Any) -> Any:
-    """x = exp(x) over the first ``width`` places, a multiple of 8, of rows from ``at`` on, 0 where x is -inf; returns
-    the greatest absolute value of the others. No NaN, no +inf."""
+    """x = exp(x) over the first ``width`` places, a multiple of ``lanes``, of rows from ``at`` on, 0 where x is -inf;
+    returns the greatest absolute value of the others. No NaN, no +inf."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        emit = Emit(context, builder, sig.args[0].dtype, 8)
+        emit = _emit(context, builder, sig.args[0], 1)
         data, (_, at, row, rows, width) = emit.data(sig.args[0], arguments[0]), arguments
         low, high, zero = emit.variable(), emit.variable(), emit.constant(0.0)
         with cgutils.for_range(builder, rows, intp=emit.integer) as loop, emit.vectors(width) as (v, _):
@@ -163,7 +177,7 @@ def exponentiate(typingctx: Any, x: Any, at: Any, row: Any, rows: Any, width: An
         highest, lowest = emit.highest(high), builder.fsub(emit.scalar(0.0), emit.lowest(low))
         return builder.select(builder.fcmp_ordered(">", highest, lowest), highest, lowest)
 
-    return types.float64(x, at, row, rows, width), generate
+    return x.dtype(x, at, row, rows, width), generate
 
 
 class _Bounds:
@@ -185,13 +199,14 @@ class _Bounds:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def multiply_places(
-    typingctx: Any, x: Any, at: Any, row: Any, y: Any, out: Any, after: Any, down: Any, rows: Any, width: Any, found: Any
+    typingctx: Any, x: Any, at: Any, row: Any, y: Any, out: Any, after: Any, down: Any, rows: Any, width: Any,
+    found: Any
 ) -> Any:  # fmt: skip
-    """out = x * y over the first ``width`` places, a multiple of 8, of rows; those of y and out begin and step alike.
-    found: the least product that is not 0, and the greatest. Nothing is below 0."""
+    """out = x * y over the first ``width`` places, a multiple of ``lanes``, of rows; those of y and out begin and step
+    alike. found: the least product that is not 0, and the greatest. Nothing is below 0."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        emit = Emit(context, builder, sig.args[0].dtype, 8)
+        emit = _emit(context, builder, sig.args[0], 1)
         x_data, y_data, o_data, f_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 3, 4, 9))
         _, at, row, _, _, after, down, rows, width, _ = arguments
         bounds = _Bounds(emit)
@@ -208,11 +223,33 @@ def multiply_places(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def split_places(
+    typingctx: Any, d: Any, x: Any, y: Any, at: Any, row: Any, out: Any, down: Any, rows: Any, width: Any
+) -> Any:  # fmt: skip
+    """out = d * x, then d *= y, over the first ``width`` places, a multiple of ``lanes``, of rows; those of d, x and y
+    begin and step alike."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        emit = _emit(context, builder, sig.args[0], 1)
+        d_data, x_data, y_data, o_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 1, 2, 5))
+        _, _, _, at, row, _, down, rows, width = arguments
+        with cgutils.for_range(builder, rows, intp=emit.integer) as loop, emit.vectors(width) as (v, _):
+            place = builder.add(_place(builder, at, (loop.index, row)), v)
+            value = emit.load(d_data, place)
+            product = emit.times(value, emit.load(x_data, place))
+            emit.store(product, o_data, builder.add(builder.mul(loop.index, down), v))
+            emit.store(emit.times(value, emit.load(y_data, place)), d_data, place)
+        return context.get_dummy_value()
+
+    return types.void(d, x, y, at, row, out, down, rows, width), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def scale_places(typingctx: Any, by: Any, y: Any, at: Any, width: Any, found: Any) -> Any:
     """y *= by over ``width`` places, a multiple of 8; found as in ``multiply_places``."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        emit = Emit(context, builder, sig.args[1].dtype, 8)
+        emit = _emit(context, builder, sig.args[1], 1)
         by, _, at, width, _ = arguments
         y_data, f_data = (emit.data(sig.args[i], arguments[i]) for i in (1, 4))
         factor, bounds = emit.spread(by), _Bounds(emit)
@@ -227,38 +264,40 @@ def scale_places(typingctx: Any, by: Any, y: Any, at: Any, width: Any, found: An
     return types.void(by, y, at, width, found), generate
 
 
-_outer8x4, _outer8x5, _outer4x4, _outer4x5 = _outer(8, 4), _outer(8, 5), _outer(4, 4), _outer(4, 5)
-_apply8x4, _apply8x5, _apply4x4, _apply4x5 = _apply(8, 4, 1), _apply(8, 5, 1), _apply(4, 4, 1), _apply(4, 5, 1)
-_many8x4, _many8x5, _many4x4, _many4x5 = _apply(8, 4, 4), _apply(8, 5, 4), _apply(4, 4, 4), _apply(4, 5, 4)
-_tile16x4, _tile16x5, _tile16x8, _tile16x10 = _tile(8, 2, 4), _tile(8, 2, 5), _tile(8, 2, 8), _tile(8, 2, 10)
-_tile8x4, _tile8x5, _tile8x8, _tile8x10 = _tile(8, 1, 4), _tile(8, 1, 5), _tile(8, 1, 8), _tile(8, 1, 10)
-_tile4x4, _tile4x5, _tile4x8, _tile4x10 = _tile(4, 1, 4), _tile(4, 1, 5), _tile(4, 1, 8), _tile(4, 1, 10)
+_outer1x4, _outer1x5, _outer2x4, _outer2x5 = _outer(1, 4), _outer(1, 5), _outer(2, 4), _outer(2, 5)
+_apply1x4, _apply1x5, _apply2x4, _apply2x5 = _apply(1, 4, 1), _apply(1, 5, 1), _apply(2, 4, 1), _apply(2, 5, 1)
+_many1x4, _many1x5, _many2x4, _many2x5 = _apply(1, 4, 4), _apply(1, 5, 4), _apply(2, 4, 4), _apply(2, 5, 4)
+_two1x4, _two1x5, _two1x8, _two1x10 = _tile(1, 2, 4), _tile(1, 2, 5), _tile(1, 2, 8), _tile(1, 2, 10)
+_tile1x4, _tile1x5, _tile1x8, _tile1x10 = _tile(1, 1, 4), _tile(1, 1, 5), _tile(1, 1, 8), _tile(1, 1, 10)
+_tile2x4, _tile2x5, _tile2x8, _tile2x10 = _tile(2, 1, 4), _tile(2, 1, 5), _tile(2, 1, 8), _tile(2, 1, 10)
 
 
 @compiled()
 def outer_sums(x, at, step, z, after, stride, row, n, out, there, wide, narrow, side, symbols, places):  # type: ignore[no-untyped-def]
     """``_outer`` of all rows, ``symbols`` of x by as many of z, over ``places``."""
-    for v in range(0, places, 8):
-        half = places - v <= 4
+    lanes = 64 // x.itemsize
+    for v in range(0, places, lanes):
+        half = places - v <= lanes // 2
         for r in range(0, symbols, side):
             for c in range(0, symbols, side):
                 a, b, o = at + v + r * row, after + v + c * row, there + v + r * wide + c * narrow
                 if side == 5:
                     if half:
-                        _outer4x5(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
+                        _outer2x5(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
                     else:
-                        _outer8x5(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
+                        _outer1x5(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
                 elif half:
-                    _outer4x4(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
+                    _outer2x4(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
                 else:
-                    _outer8x4(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
+                    _outer1x4(x, a, step, z, b, stride, row, n, out, o, wide, narrow)
 
 
 @compiled()
 def apply(m, at, along, across, v, after, down, step, n, out, there, row, stride, side, rows, several, places):  # type: ignore[no-untyped-def]
     """``_apply`` of ``rows``, for k < several, over ``places``."""
-    for i in range(0, places, 8):
-        half = places - i <= 4
+    lanes = 64 // m.itemsize
+    for i in range(0, places, lanes):
+        half = places - i <= lanes // 2
         for r in range(0, rows, side):
             a, o = at + i + r * across, there + i + r * row
             k = 0
@@ -268,64 +307,66 @@ def apply(m, at, along, across, v, after, down, step, n, out, there, row, stride
                 if side == 5:
                     if many:
                         if half:
-                            _many4x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                            _many2x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                         else:
-                            _many8x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                            _many1x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                     elif half:
-                        _apply4x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                        _apply2x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                     else:
-                        _apply8x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                        _apply1x5(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                 elif many:
                     if half:
-                        _many4x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                        _many2x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                     else:
-                        _many8x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                        _many1x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                 elif half:
-                    _apply4x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                    _apply2x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                 else:
-                    _apply8x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
+                    _apply1x4(m, a, along, across, v, b, down, step, n, out, p, row, stride)
                 k += 4 if many else 1
 
 
 @compiled()
 def multiply_rows(x, at, across, along, m, after, down, n, out, there, row, more, side, rows, places):  # type: ignore[no-untyped-def]
-    """``_tile`` of ``rows``, over ``places`` (rounded up to a multiple of 4)."""
+    """``_tile`` of ``rows``, over ``places`` (rounded up to half a vector)."""
+    lanes = 64 // x.itemsize
     column = 0
     while column < places:
-        b, o = after + column, there + column
         left = places - column
+        two, half = left > lanes + lanes // 2, left <= lanes // 2
+        b, o = after + column, there + column
         r = 0
         while r < rows:
             double = rows - r >= 2 * side
             a, p = at + r * across, o + r * row
             if side == 5:
-                if left > 12:
+                if two:
                     if double:
-                        _tile16x10(x, a, across, along, m, b, down, n, out, p, row, more)
+                        _two1x10(x, a, across, along, m, b, down, n, out, p, row, more)
                     else:
-                        _tile16x5(x, a, across, along, m, b, down, n, out, p, row, more)
-                elif left > 4:
+                        _two1x5(x, a, across, along, m, b, down, n, out, p, row, more)
+                elif half:
                     if double:
-                        _tile8x10(x, a, across, along, m, b, down, n, out, p, row, more)
+                        _tile2x10(x, a, across, along, m, b, down, n, out, p, row, more)
                     else:
-                        _tile8x5(x, a, across, along, m, b, down, n, out, p, row, more)
+                        _tile2x5(x, a, across, along, m, b, down, n, out, p, row, more)
                 elif double:
-                    _tile4x10(x, a, across, along, m, b, down, n, out, p, row, more)
+                    _tile1x10(x, a, across, along, m, b, down, n, out, p, row, more)
                 else:
-                    _tile4x5(x, a, across, along, m, b, down, n, out, p, row, more)
-            elif left > 12:
+                    _tile1x5(x, a, across, along, m, b, down, n, out, p, row, more)
+            elif two:
                 if double:
-                    _tile16x8(x, a, across, along, m, b, down, n, out, p, row, more)
+                    _two1x8(x, a, across, along, m, b, down, n, out, p, row, more)
                 else:
-                    _tile16x4(x, a, across, along, m, b, down, n, out, p, row, more)
-            elif left > 4:
+                    _two1x4(x, a, across, along, m, b, down, n, out, p, row, more)
+            elif half:
                 if double:
-                    _tile8x8(x, a, across, along, m, b, down, n, out, p, row, more)
+                    _tile2x8(x, a, across, along, m, b, down, n, out, p, row, more)
                 else:
-                    _tile8x4(x, a, across, along, m, b, down, n, out, p, row, more)
+                    _tile2x4(x, a, across, along, m, b, down, n, out, p, row, more)
             elif double:
-                _tile4x8(x, a, across, along, m, b, down, n, out, p, row, more)
+                _tile1x8(x, a, across, along, m, b, down, n, out, p, row, more)
             else:
-                _tile4x4(x, a, across, along, m, b, down, n, out, p, row, more)
+                _tile1x4(x, a, across, along, m, b, down, n, out, p, row, more)
             r += 2 * side if double else side
-        column += 16 if left > 12 else 8 if left > 4 else 4
+        column += 2 * lanes if two else lanes
