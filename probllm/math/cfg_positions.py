@@ -55,7 +55,7 @@ def forward(
     words = spans.diagonal(dim1=1, dim2=2).transpose(1, 2)
     graph: tuple[Tensor, ...] = ()
     if float(unary.amax()) == -torch.inf:  # no nonterminal is a word
-        low, logs = n, words[..., n:]
+        low, logs = n, words[..., n:].contiguous()
     else:
         low, words = 0, words.contiguous().requires_grad_(keep)
         unary = unary.expand(groups, *unary.shape[1:]).contiguous().requires_grad_(keep)
@@ -102,7 +102,7 @@ def forward(
 
 def _little(x: Tensor, least: float) -> Any:
     """For each row of ``x``, 1 if an allowed entry is less than that."""
-    if bool(x.amin() >= least):
+    if float(x.amin()) >= least:
         return 0
     return ((x < least) & (x > -torch.inf)).flatten(1).any(1).long().numpy()
 
@@ -120,7 +120,7 @@ def backward(kept: Kept, weights: Tensor) -> tuple[Tensor, ...]:
     by_pair[..., :padded] = torch.from_numpy(by_parent).transpose(1, 2)
     shares = groups if groups > 1 else max(1, torch.get_num_threads())
     scale = float(weights.abs().amax()) or 1.0
-    mass = room.zeros((rows, size, size, m), array)
+    mass = room.empty((rows, size, size, m), array)
     to_leaves, to_root = room.zeros((rows, size, live), array), np.zeros((shares, n), array)
     to_left = room.zeros((shares, padded, all_padded, last), array)
     to_right = room.zeros((shares, padded, padded, last), array)

@@ -193,9 +193,11 @@ def outside(  # type: ignore[no-untyped-def]
     by_pair [G, Np Np, N8]: by_parent; mass [B, T, T, M]: the gradient in the scores of wide spans; to_leaves, to_root
     [S, N]: in the logarithms of leaves and root; to_left [S, Np, Mp, L8], to_right [S, Np, Np, L8], to_pairs
     [S, Np Np, N8]: in tables, as [A, Z, X], [A, X, Z] and [(X, Z), A], the child from ``low`` on last that is a word;
-    summed over a share's rows, or a row's own where G > 1. N8, L8: N and M - low in whole vectors. 0 on entry.
+    summed over a share's rows, or a row's own where G > 1. N8, L8: N and M - low in whole vectors. All but mass are 0
+    on entry.
     """
     rows, size, live = leaves.shape
+    symbols = mass.shape[3]
     n_all, lanes = root.shape[1], 64 // leaves.itemsize
     row, padded, all_padded, parents = row_of(size, lanes), by_parent.shape[1], tables.shape[2], by_pair.shape[2]
     level, wide, across, last = padded * row, -(-size // lanes) * lanes, all_padded * row, to_left.shape[3]
@@ -207,8 +209,10 @@ def outside(  # type: ignore[no-untyped-def]
     leaf, made = aligned_zeros(wide * last, leaves), aligned_zeros(padded * wide, leaves)
     flat, flat_pair = tables.ravel(), by_pair.ravel()
     for b in range(first, rows, step):
+        mass[b] = 0.0
         if weights[b] == 0.0:
             continue
+        of_spans = mass[b].ravel()
         g = b if tables.shape[0] > 1 else 0
         own = b if tables.shape[0] > 1 else first
         n, chart, factor = lengths[b], charts[b], factors[b]
@@ -228,7 +232,8 @@ def outside(  # type: ignore[no-untyped-def]
             split_places(d, chart, factor, here, row, made, wide, n_all, -(-count // lanes) * lanes)
             for i in range(count):
                 for a in range(n_all):
-                    mass[b, i, i + w - 1, a] = made[a * wide + i]
+                    of_spans[(i * (size + 1) + w - 1) * symbols + a] = made[a * wide + i]
+                    turned[i * parents + a] = d[here + a * row + i]
             apply(
                 lefts, PAD, across, row, d, here, row, 0, n_all, d, below + 1, row, 0, side, padded, 1, count
             )  # fmt: skip
@@ -245,9 +250,6 @@ def outside(  # type: ignore[no-untyped-def]
             if w == 3:
                 continue
             _pairs(chart, w, count, level, row, side, padded, pairs, wide)
-            for i in range(count):
-                for a in range(n_all):
-                    turned[i * parents + a] = d[here + a * row + i]
             multiply_rows(
                 pairs, 0, wide, 1, turned, 0, parents, count, by_both, 0, parents, True, side, padded * padded, n_all
             )  # fmt: skip
