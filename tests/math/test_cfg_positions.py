@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -144,18 +146,26 @@ def test_a_chart_that_ranges_too_far_is_given_up(dtype: torch.dtype) -> None:
     assert done[0] == 1
 
 
-@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, -17.0), (torch.float64, -85.0)])
-def test_trees_far_below_others_that_no_root_allows_are_not_lost(dtype: torch.dtype, step: float) -> None:
-    """S -> B B and B -> p p, each at little more than the least score, beside A -> A A and A -> p p at 0."""
+@pytest.mark.parametrize(
+    ("dtype", "step", "up", "size"),
+    [(torch.float32, -17.0, 0.0, 6), (torch.float32, -15.0, 10.0, 4), (torch.float64, -85.0, 0.0, 6)],
+)
+def test_trees_far_below_others_that_no_root_allows_are_not_lost(
+    dtype: torch.dtype, step: float, up: float, size: int
+) -> None:
+    """S -> B B and B -> p p or B p, each at little more than the least score, beside A -> A A and A -> p p."""
     s, a, b, p = range(4)
-    spans, rules = torch.zeros(1, 4, 4, 4, dtype=dtype), torch.full((1, 3, 4, 4), -torch.inf, dtype=dtype)
-    spans[..., [s, b]] = step
+    spans, rules = torch.zeros(1, size, size, 4, dtype=dtype), torch.full((1, 3, 4, 4), -torch.inf, dtype=dtype)
+    spans[..., [s, b]], spans[..., a] = step, up
     rules[0, a, a, a] = rules[0, a, p, p] = 0.0
-    rules[0, s, b, b] = rules[0, b, p, p] = step
+    rules[0, s, b, b] = rules[0, b, p, p] = rules[0, b, b, p] = step
     root = torch.tensor([[0.0, -torch.inf, -torch.inf]], dtype=dtype)
     parts = (spans, rules, root, torch.full((1, 3, 1), -torch.inf, dtype=dtype))
-    check(parts, torch.tensor([4]), torch.ones(1, dtype=torch.float64))
-    assert float(cfg.forward(parts, torch.tensor([4]), False)[0]) == pytest.approx(6 * step)
+    check(parts, torch.tensor([size]), torch.ones(1, dtype=torch.float64))
+    trees = {4: 1, 6: 3}[size]
+    assert float(cfg.forward(parts, torch.tensor([size]), False)[0]) == pytest.approx(
+        2 * (size - 1) * step + math.log(trees)
+    )
 
 
 @pytest.mark.parametrize("most", [1e-40, 1e40])
