@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probllm.math import room
-from probllm.math.cfg import grouped, log_leaves, scaled_inside
+from probllm.math.cfg_scaled import grouped, log_leaves, scaled_inside
 from probllm.math.kernels import cfg_trees as kernels
 from probllm.math.kernels.threads import run_shares
 from probllm.math.untraced import untraced

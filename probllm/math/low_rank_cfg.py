@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probllm.math.cfg import SAFE_RANGE, log_leaves, low_rank_inside, within
+from probllm.math.cfg_scaled import SAFE_RANGE, finite, log_leaves, within
+from probllm.math.cfg_torch import low_rank_inside
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import LOG
 
@@ -66,11 +67,11 @@ def _scaled(parts: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor]
     tables, offsets = [], []
     little = torch.zeros(spans.shape[0], dtype=torch.bool, device=spans.device)
     for x in (head, left, right, root):
-        high = _finite(x.detach().flatten(1).amax(-1))
+        high = finite(x.detach().flatten(1).amax(-1))
         shifted = x - high.reshape(-1, *(1,) * (x.dim() - 1))
         tables.append(shifted.exp())
         offsets.append(high)
-        little = little | (_finite(shifted.detach()) < LITTLE).flatten(1).any(-1)
+        little = little | (finite(shifted.detach()) < LITTLE).flatten(1).any(-1)
     careful = not all(within(x.detach(), SAFE_RANGE / 3) for x in (head, left, right, root))
     h, lefts, rights, r = tables
     rule = offsets[0] + offsets[1] + offsets[2]
@@ -79,14 +80,14 @@ def _scaled(parts: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor]
         """b and m ``[B, S]`` of mass ``[B, S, X]`` at scale ``before`` and the scores of its symbols."""
         nonlocal little
         high = scores.detach().amax(-1)
-        factor = (scores - _finite(high).unsqueeze(-1)).exp()
+        factor = (scores - finite(high).unsqueeze(-1)).exp()
         made = mass * factor
         peak = made.detach().amax(-1)
         dead = (peak == 0) | (before == -torch.inf) | (high == -torch.inf)
         b = torch.where(dead.unsqueeze(-1), 0.0, made / torch.where(dead, 1.0, peak).unsqueeze(-1))
         m = torch.where(dead, -torch.inf, before + high + torch.where(dead, 1.0, peak).log())
         if careful:
-            lost = ((scores.detach() - _finite(high).unsqueeze(-1)) < LITTLE) & (scores.detach() > -torch.inf)
+            lost = ((scores.detach() - finite(high).unsqueeze(-1)) < LITTLE) & (scores.detach() > -torch.inf)
             lost = lost | ((b.detach() > 0) & (b.detach().log() < LITTLE))
             little = little | lost.flatten(1).any(-1)
         return b, m
@@ -99,7 +100,7 @@ def _scaled(parts: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor]
     for width in range(2, size + 1):
         pairs = first_m[:, :-1] + last_m[:, 1:]
         top = pairs.amax(-1)
-        shares = (pairs - _finite(top).unsqueeze(-1)).exp()
+        shares = (pairs - finite(top).unsqueeze(-1)).exp()
         if careful:
             little = little | ((pairs > -torch.inf) & (shares.log() < LITTLE)).flatten(1).any(-1)
         ranks = (shares.unsqueeze(-1) * first[:, :-1] * last[:, 1:]).sum(2)
@@ -113,12 +114,8 @@ def _scaled(parts: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor]
         last_m = torch.cat([m.unsqueeze(2), last_m[:, 1:]], 2)
     total = (r * top_b).sum(-1)
     empty = (total == 0) | (top_m == -torch.inf)
-    log_z = torch.where(empty, 1.0, total).log() + _finite(top_m) + offsets[3]
+    log_z = torch.where(empty, 1.0, total).log() + finite(top_m) + offsets[3]
     return torch.where(empty, -torch.inf, log_z), little if careful else torch.zeros_like(little)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.where(x == -torch.inf, 0.0, x)
 
 
 LOW_RANK = Recursion(low_rank_inside, forward, backward)

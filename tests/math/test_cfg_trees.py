@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probllm.distributions.grammar_tree import GrammarTree
 from probllm.distributions.inside import InsideDistribution
-from probllm.math import cfg, cfg_trees
+from probllm.math import cfg_scaled, cfg_torch, cfg_trees
 from probllm.math.semirings import MAX
 from tests.math.test_cfg import Case, cases
 
@@ -40,7 +40,7 @@ def with_offsets(parts: Parts, height: float) -> Parts:
 def test_best_tree_attains_the_maximum(case: Case) -> None:
     parts, lengths = case
     trees = cfg_trees.best(parts, lengths)
-    best = cfg.inside(MAX, tuple(MAX.lift(x) for x in parts), lengths)[0]
+    best = cfg_torch.inside(MAX, tuple(MAX.lift(x) for x in parts), lengths)[0]
     score = GrammarTree(*parts, lengths=lengths).score(trees)
     torch.testing.assert_close(torch.where(best > -torch.inf, score, best), best, rtol=1e-12, atol=1e-9)
     assert bool((trees[best == -torch.inf] == -1).all())
@@ -83,7 +83,7 @@ def test_offsets_that_cancel_leave_mode_and_draws_as_they_are() -> None:
     parts = random_parts(3, 12, 9, 4)
     far = with_offsets(parts, 400.0)
     flags = [
-        cfg.scaled_inside(x[0], x[1], x[2], torch.zeros(3, 12, 13, dtype=torch.float64), lengths).flags
+        cfg_scaled.scaled_inside(x[0], x[1], x[2], torch.zeros(3, 12, 13, dtype=torch.float64), lengths).flags
         for x in (parts, far)
     ]
     assert not flags[0].any()
