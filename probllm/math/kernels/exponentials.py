@@ -25,8 +25,8 @@ from probllm.math.kernels.vectors import Emit, shift
 WIDE, BROKEN = 1, 4
 
 
-def exp_vector(emit: Emit, x: Any, more: Any = None) -> Any:
-    """exp(x + more), more being small beside x; any number where the result is not a normal one."""
+def exp_vector(emit: Emit, x: Any, base: Any = None) -> Any:
+    """exp(x) / 2^base, base being whole numbers; any number where the result is not a normal one."""
     builder, narrow = emit.builder, emit.bytes == 4
     mantissa, terms = (23, 8) if narrow else (52, 14)  # the series is exact to the last bit for |r| <= ln 2 / 2
     high = 0.693359375 if narrow else 6.93147180369123816490e-01
@@ -34,11 +34,11 @@ def exp_vector(emit: Emit, x: Any, more: Any = None) -> Any:
 
     # added to 1.5 * 2^mantissa a number loses its fraction and leaves n in the lowest bits
     magic = emit.constant(1.5 * 2.0**mantissa)
+    magic = magic if base is None else builder.fsub(magic, base)  # then n - base: the exponent of the result
     shifted = emit.plus(emit.times(x, emit.constant(1.0 / math.log(2.0))), magic)
     n = builder.fsub(shifted, magic)
     r = emit.plus(x, emit.times(n, emit.constant(-high)))
     r = emit.plus(r, emit.times(n, emit.constant(-low)))
-    r = r if more is None else builder.fadd(r, more)
     series = emit.constant(1.0 / math.factorial(terms - 1))
     for i in range(terms - 2, -1, -1):
         series = emit.plus(emit.times(series, r), emit.constant(1.0 / math.factorial(i)))
