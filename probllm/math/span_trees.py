@@ -85,47 +85,54 @@ def within_lengths(lengths: Tensor, size: int) -> Tensor:
     return (leaves.unsqueeze(-1) <= leaves) & (leaves < lengths[..., None, None])
 
 
+_NONE = np.empty((1, 1, 1))  # where nothing is asked for
+
+
 class _Kept(NamedTuple):
     """What the backward pass needs."""
 
     scores: Any  # [B, T, T K]
     lengths: Any  # [B]
-    marginals: list[Tensor]  # [B, T, T K], until they have been given away
+    marginals: list[Any]  # [B, T, T K], until they have been given away
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
-    """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels: there and back while a sentence is in the cache."""
+    """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels: there and back while a sentence is in the cache.
+
+    Raises:
+        ValueError: for scores within a sentence that are NaN or +inf.
+    """
     given, n = _scores(scores[0]), _ints(lengths)
     log_z, marginals = _sums(given, n, 1 if keep else 0)
-    return torch.from_numpy(log_z), _Kept(given, n, [torch.from_numpy(marginals)]) if keep else None
+    return torch.from_numpy(log_z), _Kept(given, n, [marginals]) if keep else None
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     """weights * the marginals of spans ``[B, T, T, K]``."""
     rows, size, width = kept.scores.shape
-    if kept.marginals:
-        spans = kept.marginals.pop()  # they become the gradient, so they are given once
-    else:
-        spans = torch.from_numpy(_sums(kept.scores, kept.lengths, 1)[1])
-    by = weights.detach().numpy()
-    if not (by == 1).all():
-        spans = spans.mul_(weights.to(spans.dtype)[:, None, None])
-    return (spans.view(rows, size, size, width // size),)
+    # they become the gradient, so they are given once
+    found = kept.marginals.pop() if kept.marginals else _sums(kept.scores, kept.lengths, 1)[1]
+    spans, by = torch.from_numpy(found).view(rows, size, size, width // size), weights.numpy()
+    weight = by.item(0)
+    if by.strides[0] and not (by == weight).all():
+        spans.mul_(weights.to(spans.dtype)[:, None, None, None])
+    elif weight != 1:  # a sum over the batch leaves them as they are
+        spans.mul_(weight)
+    return (spans,)
 
 
-def _sums(scores: Any, lengths: Any, mode: int, *tables: Any) -> tuple[Any, Any]:
+def _sums(scores: Any, lengths: Any, mode: int, log_sums: Any = _NONE, chart: Any = _NONE) -> tuple[Any, Any]:
     """log Z ``[B]`` and marginals ``[B, T, T K]`` if ``mode`` is 1; log sums and the chart are written if it is 2."""
-    rows, size, width = scores.shape
+    rows, size, _ = scores.shape
     groups, nanoseconds = -(-rows // LANES), 0.4 * scores.size + 0.03 * rows * size**3
     log_z, good = np.empty(rows), np.empty(rows, np.bool_)
-    gradient = room.empty(scores.shape if mode == 1 else (1, 1, 1), scores.dtype)
-    log_sums, chart = tables or (np.empty((1, 1, 1)),) * 2
+    gradient = room.empty(scores.shape, scores.dtype) if mode == 1 else _NONE.astype(scores.dtype)
     work = room.empty((shares_of(groups, nanoseconds), kernels.room_for(size)))
-    run_shares(kernels.sums, (scores, lengths, mode, work, gradient, log_sums, chart, log_z, good), groups, nanoseconds)
+    run_shares(
+        kernels.sums, (scores, lengths, mode, work, gradient, log_sums, chart, log_z, good), groups, nanoseconds
+    )
     if not good.all():
-        raise ValueError(
-            f"spans: scores must not be NaN or +inf (-inf forbids), as in row {good.argmin()} of the batch"
-        )
+        raise ValueError(f"spans: scores must not be NaN or +inf (-inf forbids), as in row {good.argmin()} of the batch")
     return log_z, gradient
 
 
@@ -156,13 +163,13 @@ def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
 
 def _scores(spans: Tensor) -> Any:
     """``[B, T, T K]``, float32 or float64."""
-    spans = spans.detach()
+    rows, size, _, k = spans.shape
     wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
-    return wide.flatten(2).contiguous().numpy()
+    return wide.detach().contiguous().numpy().reshape(rows, size, size * k)
 
 
 def _ints(lengths: Tensor) -> Any:
     return lengths.long().contiguous().numpy()
 
 
-RECURSION = Recursion(inside, forward, backward)
+RECURSION = Recursion(inside, forward, backward, checks=True)

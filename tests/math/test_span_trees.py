@@ -68,7 +68,7 @@ def test_probability_space_and_log_space_agree() -> None:
     for b, n in enumerate(lengths.tolist()):
         value = kernels._in_logs(spans[b].flatten(1).numpy(), n, 2, 1, gradient, room[0], room[0], room)
         assert value == pytest.approx(float(mine[b]), rel=1e-13, abs=1e-12)
-        torch.testing.assert_close(kept.marginals[0][b], torch.from_numpy(gradient))
+        torch.testing.assert_close(kept.marginals[0][b][:n, : 2 * n], gradient[:n, : 2 * n])
 
 
 @pytest.mark.parametrize("k", [2, 5, 8, 16, 20, 35])
