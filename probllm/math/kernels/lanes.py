@@ -78,22 +78,24 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def to_lanes(typingctx: Any, x: Any, at: Any, apart: Any, n: Any, table: Any, there: Any) -> Any:
-    """table[there + 8 j + lane] = x[at + lane apart + j], j < n; up to seven more are read and written behind."""
+def to_lanes(typingctx: Any, x: Any, at: Any, apart: Any, n: Any, by: Any, table: Any, there: Any) -> Any:
+    """table[there + 8 j + lane] = by[lane] x[at + lane apart + j], j < n; up to seven more are read and written
+    behind."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        given, emit = (Emit(context, builder, sig.args[i].dtype, LANES) for i in (0, 4))
-        data, found = given.data(sig.args[0], arguments[0]), emit.data(sig.args[4], arguments[4])
-        _, at, apart, n, _, there = arguments
+        given, emit = (Emit(context, builder, sig.args[i].dtype, LANES) for i in (0, 5))
+        data, found = given.data(sig.args[0], arguments[0]), emit.data(sig.args[5], arguments[5])
+        _, at, apart, n, _, _, there = arguments
+        factors = emit.load(emit.data(sig.args[4], arguments[4]), emit.integer(0))
         with emit.vectors(n) as (j, _):
             place = builder.add(at, j)
             rows = [given.load(data, builder.add(place, builder.mul(apart, emit.integer(i)))) for i in range(LANES)]
             begin = builder.add(there, builder.mul(j, emit.integer(LANES)))
             for i, column in enumerate(_transposed(builder, rows)):
-                emit.store(emit.widened(column), found, builder.add(begin, emit.integer(i * LANES)))
+                emit.store(emit.times(emit.widened(column), factors), found, builder.add(begin, emit.integer(i * LANES)))
         return context.get_dummy_value()
 
-    return types.void(x, at, apart, n, table, there), generate
+    return types.void(x, at, apart, n, by, table, there), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -211,7 +211,7 @@ def sums(  # type: ignore[no-untyped-def]
             if n[lane] == 0:
                 here[:] = 0
         for i in range(last + 1):
-            to_lanes(each, i * wide + i, apart, last + 1 - i, totals, (i * wide + i) * LANES)
+            to_lanes(each, i * wide + i, apart, last + 1 - i, times, totals, (i * wide + i) * LANES)
         raised, lost[:] = False, 0.0
         for lane in range(len(members)):
             if n[lane] > 0 and flags[lane] == UNEVEN:
@@ -224,7 +224,7 @@ def sums(  # type: ignore[no-untyped-def]
                 root = betas[(n[lane] - 1) * LANES + lane] if n[lane] > 0 else 0.0
                 if root > 0.0:
                     roots[(n[lane] - 1) * LANES + lane] = 1.0 / root
-            outside(betas, totals, rates, times, by, roots, lost, last, wide)
+            outside(betas, totals, rates, by, roots, lost, last, wide)
             roots[:] = 0.0
         for i in range(last + 1 if mode == 1 else 0):
             from_lanes(rates, (i * wide + i) * LANES, last + 1 - i, each, i * wide + i, apart)
