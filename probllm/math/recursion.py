@@ -116,7 +116,7 @@ class _Direct(torch.autograd.Function):
         ctx.save_for_backward(lengths, *scores)
         ctx.set_materialize_grads(False)
         # what is returned must not be what ctx holds: the graph would hold itself alive
-        return (log_z.clone(),) if dtype == log_z.dtype else (log_z.clone(), log_z.to(dtype))
+        return (log_z.clone(),) if dtype == log_z.dtype else (log_z.detach(), log_z.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

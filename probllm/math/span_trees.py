@@ -85,15 +85,15 @@ def within_lengths(lengths: Tensor, size: int) -> Tensor:
     return (leaves.unsqueeze(-1) <= leaves) & (leaves < lengths[..., None, None])
 
 
-_NONE = np.empty((1, 1, 1))  # where nothing is asked for
+_NOTHING = np.empty((1, 1, 1))  # where nothing is asked for
 
 
 class _Kept(NamedTuple):
     """What the backward pass needs."""
 
-    scores: Any  # [B, T, T K]
+    scores: Any  # [B, T, T, K]
     lengths: Any  # [B]
-    marginals: list[Any]  # [B, T, T K], until they have been given away
+    marginals: list[Any]  # [B, T, T, K], until they have been given away
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
@@ -103,16 +103,20 @@ def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Te
         ValueError: for scores within a sentence that are NaN or +inf.
     """
     given, n = _scores(scores[0]), _ints(lengths)
-    log_z, marginals = _sums(given, n, 1 if keep else 0)
-    return torch.from_numpy(log_z), _Kept(given, n, [marginals]) if keep else None
+    if not keep:
+        return torch.from_numpy(_sums(given, n, 0)), None
+    marginals = room.empty(given.shape, given.dtype)
+    return torch.from_numpy(_sums(given, n, 1, marginals)), _Kept(given, n, [marginals])
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     """weights * the marginals of spans ``[B, T, T, K]``."""
-    rows, size, width = kept.scores.shape
-    # they become the gradient, so they are given once
-    found = kept.marginals.pop() if kept.marginals else _sums(kept.scores, kept.lengths, 1)[1]
-    spans, by = torch.from_numpy(found).view(rows, size, size, width // size), weights.numpy()
+    if kept.marginals:
+        marginals = kept.marginals.pop()  # they become the gradient, so they are given once
+    else:
+        marginals = room.empty(kept.scores.shape, kept.scores.dtype)
+        _sums(kept.scores, kept.lengths, 1, marginals)
+    spans, by = torch.from_numpy(marginals), weights.numpy()
     weight = by.item(0)
     if by.strides[0] and not (by == weight).all():
         spans.mul_(weights.to(spans.dtype)[:, None, None, None])
@@ -121,19 +125,20 @@ def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     return (spans,)
 
 
-def _sums(scores: Any, lengths: Any, mode: int, log_sums: Any = _NONE, chart: Any = _NONE) -> tuple[Any, Any]:
-    """log Z ``[B]`` and marginals ``[B, T, T K]`` if ``mode`` is 1; log sums and the chart are written if it is 2."""
-    rows, size, _ = scores.shape
-    groups, nanoseconds = -(-rows // LANES), 0.4 * scores.size + 0.03 * rows * size**3
+def _sums(
+    scores: Any, lengths: Any, mode: int, marginals: Any = None, log_sums: Any = _NOTHING, chart: Any = _NOTHING
+) -> Any:
+    """log Z ``[B]``; marginals ``[B, T, T, K]`` are written if ``mode`` is 1, log sums and the chart if it is 2."""
+    rows, size, _, k = scores.shape
+    groups, nanoseconds = -(-rows // LANES), rows * size * size * (0.4 * k + 0.03 * size)
     log_z, good = np.empty(rows), np.empty(rows, np.bool_)
-    gradient = room.empty(scores.shape, scores.dtype) if mode == 1 else _NONE.astype(scores.dtype)
+    marginals = np.empty((1, 1, 1, 1), scores.dtype) if marginals is None else marginals
     work = room.empty((shares_of(groups, nanoseconds), kernels.room_for(size)))
-    run_shares(
-        kernels.sums, (scores, lengths, mode, work, gradient, log_sums, chart, log_z, good), groups, nanoseconds
-    )
-    if not good.all():
+    arguments = (scores, lengths, mode, work, marginals, log_sums, chart, log_z, good)
+    run_shares(kernels.sums, arguments, groups, nanoseconds)
+    if 0 in good.tobytes():
         raise ValueError(f"spans: scores must not be NaN or +inf (-inf forbids), as in row {good.argmin()} of the batch")
-    return log_z, gradient
+    return log_z
 
 
 @untraced
@@ -151,9 +156,9 @@ def best(spans: Tensor, lengths: Tensor) -> Tensor:
 def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Exact samples ``[count, B, T, T]``, by the kernels."""
     scores, n = _scores(spans), _ints(lengths)
-    rows, size, _ = scores.shape
+    rows, size, _, _ = scores.shape
     sums, chart = np.empty((rows, size, size)), np.full((rows, size, size), -np.inf)
-    log_z, _ = _sums(scores, n, 2, sums, chart)
+    log_z = _sums(scores, n, 2, None, sums, chart)
     trees = np.zeros((count, rows, size, size), np.int64)
     uniforms = torch.rand(count, rows, 4 * size, dtype=torch.float64).numpy()
     arguments = (chart, scores, sums, n, log_z, uniforms, trees)
@@ -162,10 +167,9 @@ def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
 
 
 def _scores(spans: Tensor) -> Any:
-    """``[B, T, T K]``, float32 or float64."""
-    rows, size, _, k = spans.shape
+    """``[B, T, T, K]``, float32 or float64."""
     wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
-    return wide.detach().contiguous().numpy().reshape(rows, size, size * k)
+    return wide.detach().contiguous().numpy()
 
 
 def _ints(lengths: Tensor) -> Any:

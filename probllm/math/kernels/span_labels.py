@@ -322,31 +322,31 @@ def shares_of(x, at, end, apart, n, k, by, there, wide):  # type: ignore[no-unty
 
 
 @compiled()
-def _log_total(scores, first, last):  # type: ignore[no-untyped-def]
-    """(the greatest of scores[first:last], the sum of the exponentials of what they are below it)."""
+def _log_total(scores):  # type: ignore[no-untyped-def]
+    """(the greatest score, the sum of the exponentials of what they are below it)."""
     high, total = -math.inf, 0.0
-    for q in range(first, last):
-        high = max(high, np.float64(scores[q]))
+    for k in range(len(scores)):
+        high = max(high, np.float64(scores[k]))
     if high > -math.inf:
-        for q in range(first, last):
-            total += exponential(scores[q] - high)
+        for k in range(len(scores)):
+            total += exponential(scores[k] - high)
     return high, total
 
 
 @compiled()
-def log_total(scores, first, last):  # type: ignore[no-untyped-def]
-    """log of the sum of exp(scores[first:last]), -inf if none is allowed."""
-    high, total = _log_total(scores, first, last)
+def log_total(scores):  # type: ignore[no-untyped-def]
+    """log of the sum of the exponentials, -inf if none is allowed."""
+    high, total = _log_total(scores)
     return high + logarithm(total)
 
 
 @compiled()
-def log_gradient(spans, n, k, mass, gradient):  # type: ignore[no-untyped-def]
-    """gradient [T, T K] = mass [T, T] times the labels' shares by spans [T, T K], for the first n words, else 0."""
+def log_gradient(spans, n, mass, gradient):  # type: ignore[no-untyped-def]
+    """gradient [T, T, K] = mass [T, T] times the labels' shares by spans [T, T, K], for the first n words, else 0."""
     gradient[:] = 0
     for i in range(n):
         for j in range(i, n):
             if mass[i, j] > 0.0:
-                high, total = _log_total(spans[i], j * k, j * k + k)
-                for q in range(j * k, j * k + k):
-                    gradient[i, q] = mass[i, j] / total * exponential(spans[i, q] - high)
+                high, total = _log_total(spans[i, j])
+                for k in range(spans.shape[2]):
+                    gradient[i, j, k] = mass[i, j] / total * exponential(spans[i, j, k] - high)

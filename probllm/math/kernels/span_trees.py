@@ -137,26 +137,26 @@ def _unscale(ratios, n, rates, lane, shares, wide):  # type: ignore[no-untyped-d
 
 
 @compiled()
-def _label_logs(spans, n, k, totals, wide, m, below, flag, ratios, log_sums):  # type: ignore[no-untyped-def]
-    """log_sums [T, T] over the labels of spans [T, T K], by what ``totals_of`` found."""
+def _label_logs(spans, n, totals, wide, m, below, flag, ratios, log_sums):  # type: ignore[no-untyped-def]
+    """log_sums [T, T] over the labels of spans [T, T, K], by what ``totals_of`` found."""
     for i in range(n):
         for j in range(i, n):
             if below < 0.0 if i == j else flag == UNEVEN and ratios[i, j] > 0.0:
-                log_sums[i, j] = log_total(spans[i], j * k, j * k + k)
+                log_sums[i, j] = log_total(spans[i, j])
             else:
                 log_sums[i, j] = m * math.log(2.0) + logarithm(np.float64(totals[i * wide + j]))
 
 
 @compiled()
-def _in_logs(spans, n, k, mode, gradient, log_sums, chart, plain):  # type: ignore[no-untyped-def]
-    """``sums`` of a single sentence in log space. plain [5, T, T]: room."""
+def _in_logs(spans, n, mode, gradient, log_sums, chart, plain):  # type: ignore[no-untyped-def]
+    """``sums`` of a single sentence [T, T, K] in log space. plain [5, T, T]: room."""
     starts, ends, totals, sums, marginals = plain
     for i in range(n):
         for j in range(i, n):
-            sums[i, j] = log_total(spans[i], j * k, j * k + k)
+            sums[i, j] = log_total(spans[i, j])
     log_z = _logs(sums, n, mode == 1, starts, ends, totals, marginals)
     if mode == 1:
-        log_gradient(spans, n, k, marginals, gradient)
+        log_gradient(spans, n, marginals, gradient)
     elif mode == 2:
         for i in range(n):
             log_sums[i, i:n], chart[i, i:n] = sums[i, i:n], starts[i, i:n]
@@ -167,13 +167,13 @@ def _in_logs(spans, n, k, mode, gradient, log_sums, chart, plain):  # type: igno
 def sums(  # type: ignore[no-untyped-def]
     spans, lengths, mode, tables, gradient, log_sums, chart, log_z, good, first, step
 ):
-    """log_z [B] of spans [B, T, T K], eight sentences at a time; ``good`` [B] is False where one has a NaN or +inf.
+    """log_z [B] of spans [B, T, T, K], eight sentences at a time; ``good`` [B] is False where one has a NaN or +inf.
 
-    mode: 0 log Z alone; 1 with gradient [B, T, T K]; 2 with log_sums [B, T, T] over labels and chart [B, T, T], log
+    mode: 0 log Z alone; 1 with gradient [B, T, T, K]; 2 with log_sums [B, T, T] over labels and chart [B, T, T], log
     beta up to a factor of each leaf. tables: room for ``room_for`` doubles a share.
     """
-    rows, size, width = spans.shape
-    k, wide = width // size, wide_of(size)
+    rows, size, _, k = spans.shape
+    width, wide = size * k, wide_of(size)
     volume, apart = size * wide * LANES, wide * size + LANES  # of a table, and from one lane's totals to the next's
     room, each = tables[first], np.zeros(LANES * apart, spans.dtype)
     betas, by, totals, rates = (
@@ -207,7 +207,7 @@ def sums(  # type: ignore[no-untyped-def]
                     times[lane], offsets[lane] = _scale(here, words, last, m, every, wide)
                     offsets[lane] += below
                     if mode == 2:
-                        _label_logs(spans[b], words, k, here, wide, m, below, flags[lane], ratios[lane], log_sums[b])
+                        _label_logs(spans[b], words, here, wide, m, below, flags[lane], ratios[lane], log_sums[b])
             if n[lane] == 0:
                 here[:] = 0
         for i in range(last + 1):
@@ -233,7 +233,7 @@ def sums(  # type: ignore[no-untyped-def]
             if n[lane] == 0 or not (extremes[LANES + lane] < CEILING and lost[lane] < LOST):
                 if good[b]:
                     log_z[b] = _in_logs(
-                        spans[b], words, k, mode, gradient[b if mode == 1 else 0], log_sums[b if mode == 2 else 0],
+                        spans[b], words, mode, gradient[b if mode == 1 else 0], log_sums[b if mode == 2 else 0],
                         chart[b if mode == 2 else 0], plain,
                     )  # fmt: skip
                 continue
@@ -282,13 +282,13 @@ def best(sums, labels, lengths, trees, first, step):  # type: ignore[no-untyped-
 
 @compiled()
 def draw(chart, spans, sums, lengths, log_z, uniforms, trees, first, step):  # type: ignore[no-untyped-def]
-    """trees [N, B, T, T] (0 on entry) drawn by chart and log_z of ``inside_outside`` and the label's scores spans
-    [B, T, T K]; -1 if none.
+    """trees [N, B, T, T] (0 on entry) drawn by chart and log_z of ``sums`` and the label's scores spans
+    [B, T, T, K]; -1 if none.
 
     uniforms: [N, B, 4 T], from 0 to 1. Shares divide the draws.
     """
     count, rows, size, _ = trees.shape
-    k_all = spans.shape[2] // size
+    k_all = spans.shape[3]
     stack, buffer = np.empty((size + 1, 2), np.int64), np.empty(size)
     transposed = np.empty((rows, size, size))
     for b in range(rows):
@@ -308,7 +308,7 @@ def draw(chart, spans, sums, lengths, log_z, uniforms, trees, first, step):  # t
                 left = uniforms[draws, b, used]
                 label = -1
                 for k in range(k_all):
-                    p = exponential(spans[b, i, j * k_all + k] - sums[b, i, j])
+                    p = exponential(spans[b, i, j, k] - sums[b, i, j])
                     if p > 0.0:
                         label = k
                         left -= p
