@@ -127,7 +127,11 @@ class InsideDistribution(StructuredDistribution):
         if shared and math.prod(x.shape[:lead]) == 1:
             return x.reshape(1, *x.shape[lead:])
         rows = self._rows(name)
-        return rows if len(self._own_shape) == 1 else rows.reshape(math.prod(self._own_shape), *rows.shape[-self._dims[name]:])
+        return (
+            rows
+            if len(self._own_shape) == 1
+            else rows.reshape(math.prod(self._own_shape), *rows.shape[-self._dims[name] :])
+        )
 
     def _flat_lengths(self) -> Tensor:
         return self.lengths if self.lengths.dim() == 1 else self.lengths.reshape(-1)

@@ -31,8 +31,8 @@ class Recursion(NamedTuple):
     inside: Callable[[Semiring, tuple[Tensor, ...], Tensor], Tensor]
     # (scores, lengths, keep) -> log Z [B] float64, and what backward needs (anything; None unless keep); never NaN
     forward: Callable[[tuple[Tensor, ...], Tensor, bool], tuple[Tensor, Any]] | None = None
-    # (what forward kept, weights [B] in any precision) -> sum over rows of weights * gradient of log Z in each of the scores, in their
-    # shapes; 0 in a row whose log Z is -inf
+    # (what forward kept, weights [B] float32 or float64) -> sum over rows of weights * gradient of log Z in each of the
+    # scores, in their shapes; 0 in a row whose log Z is -inf
     backward: Callable[[Any, Tensor], tuple[Tensor, ...]] | None = None
     # whether forward itself raises ValueError where one of the scores that count is NaN or +inf
     checks: bool = False
@@ -66,7 +66,7 @@ def log_partitions(
         log_z = recursion.twin(scores, lengths)
     elif forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         log_z = _LogPartition.apply(recursion, lengths, [], *scores)  # type: ignore[no-untyped-call]
-    elif torch.is_grad_enabled() and any([x.requires_grad for x in scores]):
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in scores):
         found: tuple[Tensor, ...] = _Direct.apply(recursion, lengths, dtype, *scores)  # type: ignore[no-untyped-call]
         return found[0], found[-1]
     else:
@@ -121,8 +121,11 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         lengths, *scores = ctx.saved_tensors
-        first, *more = [grad for grad in grads if grad is not None]
-        weights = first.double() + more[0] if more else first
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * (3 + len(scores))
+        weights = given[0] if len(given) == 1 else given[0] + given[1].double()
+        weights = weights if weights.dtype in (torch.float32, torch.float64) else weights.double()
         if torch.is_grad_enabled():  # someone will differentiate what this returns
             found = _Expected.apply(  # type: ignore[no-untyped-call]
                 ctx.recursion, lengths, weights.double(), *scores

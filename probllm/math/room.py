@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-LEAST, MOST = 1 << 18, 1 << 26
+LEAST, MOST = 1 << 19, 1 << 26
 # vectors that begin at a cache line never straddle two
 ALIGNMENT = 64
 

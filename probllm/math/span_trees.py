@@ -137,7 +137,9 @@ def _sums(
     arguments = (scores, lengths, mode, work, marginals, log_sums, chart, log_z, good)
     run_shares(kernels.sums, arguments, groups, nanoseconds)
     if 0 in good.tobytes():
-        raise ValueError(f"spans: scores must not be NaN or +inf (-inf forbids), as in row {good.argmin()} of the batch")
+        raise ValueError(
+            f"spans: scores must not be NaN or +inf (-inf forbids), as in row {good.argmin()} of the batch"
+        )
     return log_z
 
 

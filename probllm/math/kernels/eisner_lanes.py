@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from probllm.math.kernels.compiled import compiled

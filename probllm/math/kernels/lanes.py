@@ -92,7 +92,9 @@ def to_lanes(typingctx: Any, x: Any, at: Any, apart: Any, n: Any, by: Any, table
             rows = [given.load(data, builder.add(place, builder.mul(apart, emit.integer(i)))) for i in range(LANES)]
             begin = builder.add(there, builder.mul(j, emit.integer(LANES)))
             for i, column in enumerate(_transposed(builder, rows)):
-                emit.store(emit.times(emit.widened(column), factors), found, builder.add(begin, emit.integer(i * LANES)))
+                emit.store(
+                    emit.times(emit.widened(column), factors), found, builder.add(begin, emit.integer(i * LANES))
+                )
         return context.get_dummy_value()
 
     return types.void(x, at, apart, n, by, table, there), generate

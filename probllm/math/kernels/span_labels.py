@@ -33,6 +33,8 @@ _PARTS = 8  # lanes where each span is by itself
 _DEPTH4, _DEPTH8 = 86.0, 700.0
 _SURE4, _SURE8 = 1e-28, 1e-250
 _MOST4, _MOST8 = 2e4, 7e5
+_LEAST_SUM = 1e-60  # of the totals of wider spans, beside which one may have a scale of its own
+_REACH = 50.0  # how far above a guess of the greatest score others may be
 
 
 def _all(emit: Emit, n: Any, use: Callable[[Any, Any], None]) -> None:
@@ -77,7 +79,7 @@ def _sums(emit: Emit, value: Any, labels: int) -> Any:
     return emit.builder.shuffle_vector(value, value, _indices(list(range(0, emit.lanes, labels))))
 
 
-def _before(emit: Emit, count: Any, each: int = 1) -> Any:
+def _before(emit: Emit, count: Any, each: int) -> Any:
     """Of each lane, whether ``each`` times its number is below count."""
     lanes = ir.VectorType(emit.integer, emit.lanes)
     counts = emit.builder.insert_element(ir.Constant(lanes, ir.Undefined), count, ir.IntType(32)(0))
@@ -87,53 +89,66 @@ def _before(emit: Emit, count: Any, each: int = 1) -> Any:
     )
 
 
+class _Any:
+    """Whether a condition was ever true, in any lane."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.builder, self.lanes = emit.builder, emit.lanes
+        none = ir.Constant(ir.VectorType(ir.IntType(1), emit.lanes), None)
+        self.found = cgutils.alloca_once_value(self.builder, none)
+
+    def see(self, condition: Any) -> None:
+        self.builder.store(self.builder.or_(self.builder.load(self.found), condition), self.found)
+
+    def seen(self) -> Any:
+        bits = ir.IntType(self.lanes)
+        return self.builder.icmp_unsigned("!=", self.builder.bitcast(self.builder.load(self.found), bits), bits(0))
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _highest(typingctx: Any, x: Any, at: Any, apart: Any, n: Any, k: Any) -> Any:
-    """The greatest of the n rows that begin at ``at``, ``apart`` from each other, of n k, (n - 1) k, ... entries; NaN if
-    one of them is."""
+    """The greatest of the n rows that begin at ``at``, ``apart`` from each other, of n k, (n - 1) k, ... entries; NaN
+    if one of them is."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         emit = Emit(context, builder, sig.args[0].dtype, 512 // sig.args[0].dtype.bitwidth)
         data, high = emit.data(sig.args[0], arguments[0]), emit.variable(-math.inf)
         _, at, apart, n, k = arguments
-        bits = ir.VectorType(ir.IntType(1), emit.lanes)
-        broken = cgutils.alloca_once_value(builder, ir.Constant(bits, None))
+        broken = _Any(emit)
         with cgutils.for_range(builder, n, intp=emit.integer) as loop:
             begin = builder.add(at, builder.mul(loop.index, apart))
 
             def use(q: Any, count: Any) -> None:
                 value = _load(emit, data, builder.add(begin, q), count, -math.inf)
-                builder.store(builder.or_(builder.load(broken), builder.fcmp_unordered("uno", value, value)), broken)
+                broken.see(builder.fcmp_unordered("uno", value, value))
                 emit.raise_to(high, value)
 
             _all(emit, builder.mul(builder.sub(n, loop.index), k), use)
-        some = builder.icmp_unsigned(
-            "!=", builder.bitcast(builder.load(broken), ir.IntType(emit.lanes)), ir.IntType(emit.lanes)(0)
-        )
-        return builder.select(some, emit.scalar(math.nan), emit.highest(high))
+        return builder.select(broken.seen(), emit.scalar(math.nan), emit.highest(high))
 
     return x.dtype(x, at, apart, n, k), generate
 
 
 def _exponentials(labels: int) -> Any:
-    """(x, at, apart, n, k, base, least, out, place, stride, totals, wide, found): out = exp(x) / 2^base, 0 where x is
-    not above least, of n rows as in ``_highest``, those of ``out`` from ``place`` and ``stride`` apart; totals of each
-    span, row i from i (wide + 1); found: the least of the totals, and the sum of
-    those of more than one word."""
+    """(x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found): out = exp(x) / 2^base, 0 where
+    x is not above least, of n rows as in ``_highest``, those of ``out`` from ``place`` and ``stride`` apart; totals of
+    each span, row i from i (wide + 1). found: the least of the totals, the sum of those of more than one word, and
+    whether (not 0) some x is NaN or above ``most``: then the rest is worth nothing."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def exponentials(
-        typingctx: Any, x: Any, at: Any, apart: Any, n: Any, k: Any, base: Any, least: Any, out: Any, place: Any,
-        stride: Any, totals: Any, wide: Any, found: Any
+        typingctx: Any, x: Any, at: Any, apart: Any, n: Any, k: Any, base: Any, least: Any, most: Any, out: Any,
+        place: Any, stride: Any, totals: Any, wide: Any, found: Any
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
             dtype = sig.args[0].dtype
             emit = Emit(context, builder, dtype, 512 // dtype.bitwidth)
             each = _labels_in(emit.lanes, labels)
             part = Emit(context, builder, dtype, emit.lanes // each if each else 1)
-            data, o_data, t_data, f_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 7, 10, 12))
-            _, at, apart, n, k, base, least, _, place, stride, _, wide, _ = arguments
-            base, least = emit.spread(base), emit.spread(least)
+            data, o_data, t_data, f_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 8, 11, 13))
+            _, at, apart, n, k, base, least, most, _, place, stride, _, wide, _ = arguments
+            base, least, most = emit.spread(base), emit.spread(least), emit.spread(most)
+            beyond = _Any(emit)
             low, all_ = part.variable(math.inf), part.variable()
             bits = ir.VectorType(ir.IntType(1), part.lanes)
             first, none = ir.Constant(bits, [i == 0 for i in range(part.lanes)]), ir.Constant(bits, None)
@@ -151,6 +166,7 @@ def _exponentials(labels: int) -> Any:
 
                 def use(q: Any, count: Any) -> None:
                     scores = _load(emit, data, builder.add(begin, q), count, -math.inf)
+                    beyond.see(builder.fcmp_unordered(">", scores, most))
                     above = builder.fcmp_ordered(">", scores, least)
                     value = builder.select(above, exp_vector(emit, scores, base), emit.constant(0.0))
                     _store(emit, value, o_data, builder.add(there, q), count)
@@ -172,9 +188,11 @@ def _exponentials(labels: int) -> Any:
             for i, value in enumerate((part.lowest(low), part.total(all_))):
                 wider = context.cast(builder, value, dtype, types.float64)
                 builder.store(wider, builder.gep(f_data, [emit.integer(i)]))
+            seen = builder.uitofp(beyond.seen(), context.get_value_type(types.float64))
+            builder.store(seen, builder.gep(f_data, [emit.integer(2)]))
             return context.get_dummy_value()
 
-        arguments = (x, at, apart, n, k, base, least, out, place, stride, totals, wide, found)
+        arguments = (x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found)
         return types.void(*arguments), generate
 
     return exponentials
@@ -246,6 +264,25 @@ _products0, _products1, _products2, _products4, _products8, _products16 = (_prod
 
 
 @compiled()
+def _all_exponentials(  # type: ignore[no-untyped-def]
+    x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found
+):
+    """See ``_exponentials``."""
+    if k == 1:
+        _exponentials1(x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found)
+    elif k == 2:
+        _exponentials2(x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found)
+    elif k == 4:
+        _exponentials4(x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found)
+    elif k == 8:
+        _exponentials8(x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found)
+    elif k == 16:
+        _exponentials16(x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found)
+    else:
+        _exponentials0(x, at, apart, n, k, base, least, most, out, place, stride, totals, wide, found)
+
+
+@compiled()
 def totals_of(x, at, apart, n, k, out, place, stride, totals, wide, ratios):  # type: ignore[no-untyped-def]
     """(m, the sum of the totals of wider spans, what the leaves are below 2^m in all, in nats, and how it went): of the
     sentence of n words at ``at``, rows ``apart``.
@@ -254,29 +291,26 @@ def totals_of(x, at, apart, n, k, out, place, stride, totals, wide, ratios):  # 
     a wider span is in a scale of its own, by which ratios [T, T], else 0, says to multiply its total (where that is 0,
     it is only too small for a number); or WIDE: not to be done here; or BROKEN: there is a NaN or +inf.
     """
-    high, narrow = _highest(x, at, apart, n, k), x.itemsize == 4
+    narrow, found = x.itemsize == 4, np.empty(3)
     dtype = x.dtype.type
-    if high != high or high == math.inf:
-        return 0.0, 0.0, 0.0, BROKEN
-    if high == -math.inf:
-        high = dtype(0.0)
     most, depth, sure = (_MOST4, _DEPTH4, _SURE4) if narrow else (_MOST8, _DEPTH8, _SURE8)
-    if abs(high) > most:
-        return 0.0, 0.0, 0.0, WIDE
-    m, found, below, flag = np.rint(np.float64(high) * _PER_LN2), np.empty(2), 0.0, 0
-    base, least = dtype(m), dtype(high - depth)
-    if k == 1:
-        _exponentials1(x, at, apart, n, k, base, least, out, place, stride, totals, wide, found)
-    elif k == 2:
-        _exponentials2(x, at, apart, n, k, base, least, out, place, stride, totals, wide, found)
-    elif k == 4:
-        _exponentials4(x, at, apart, n, k, base, least, out, place, stride, totals, wide, found)
-    elif k == 8:
-        _exponentials8(x, at, apart, n, k, base, least, out, place, stride, totals, wide, found)
-    elif k == 16:
-        _exponentials16(x, at, apart, n, k, base, least, out, place, stride, totals, wide, found)
-    else:
-        _exponentials0(x, at, apart, n, k, base, least, out, place, stride, totals, wide, found)
+    high = _highest(x, at, 0, 1, n * k)  # of the spans that begin the sentence: a guess, in reach of most others
+    for certain in range(2):
+        if certain:
+            high = _highest(x, at, apart, n, k)
+        if high != high or high == math.inf:
+            return 0.0, 0.0, 0.0, BROKEN
+        if abs(high) > most and high > -math.inf:
+            if certain:
+                return 0.0, 0.0, 0.0, WIDE
+            continue
+        high = high if high > -math.inf else dtype(0.0)
+        m = np.rint(np.float64(high) * _PER_LN2)
+        base, least, up_to = dtype(m), dtype(high - depth), dtype(high + _REACH)
+        _all_exponentials(x, at, apart, n, k, base, least, up_to, out, place, stride, totals, wide, found)
+        if found[2] == 0.0:
+            break
+    below, flag = 0.0, 0
     every = found[1]
     for i in range(n if found[0] < sure else 0):
         for j in range(i, n):
@@ -289,7 +323,7 @@ def totals_of(x, at, apart, n, k, out, place, stride, totals, wide, ratios):  # 
             if high >= -most:
                 own = np.rint(np.float64(high) * _PER_LN2)
                 base, least, there = dtype(own), dtype(high - depth), place + i * stride + (j - i) * k
-                _exponentials0(x, begin, 0, 1, k, base, least, out, there, 0, span, 0, found)
+                _exponentials0(x, begin, 0, 1, k, base, least, high, out, there, 0, span, 0, found)
             elif i < j:
                 own = -math.inf
             else:
@@ -297,6 +331,8 @@ def totals_of(x, at, apart, n, k, out, place, stride, totals, wide, ratios):  # 
             if i == j:
                 below += (own - m) * math.log(2.0)
                 continue
+            if every < _LEAST_SUM:  # the leaves are far above all others
+                return 0.0, 0.0, 0.0, WIDE
             if flag == 0:
                 ratios[:n, :n] = 0.0
             flag, ratios[i, j] = UNEVEN, 2.0 ** max(own - m, -1000.0)

@@ -1,12 +1,14 @@
-"""Inside and outside over the binary trees of eight sentences at once, a vector lane each: see ``probllm.math.span_trees``.
+"""Inside and outside over the binary trees of eight sentences at once, a vector lane each: ``probllm.math.span_trees``.
 
     beta(i, j) = total(i, j) sum_{i <= k < j} beta(i, k) beta(k + 1, j)
     d(i, j) = sum_{t > j} p(i, t) beta(j + 1, t) + sum_{t < i} p(t, j) beta(t, i - 1),   p(i, j) = d(i, j) total(i, j)
 
 with total the sum over a span's labels times c, which makes it 1 on average, and d the gradient of log Z in beta. The
-gradient in the sum over labels is d times the rate, c beta / total. Tables are flat, [words, wide, 8] and ``wide`` odd: a column then lies in all sets of a cache. That of
-beta and that of p hold each entry twice, at [i, j] and [j, i], so that both factors of a sum stand in rows. Four columns
-are done at once, which then load a fourth of what is not in the first cache.
+gradient in the sum over labels is d times the rate, c beta / total.
+
+Tables are flat, [words, wide, 8] and ``wide`` odd: a column then lies in all sets of a cache. That of beta and that of
+p hold each entry twice, at [i, j] and [j, i], so that both factors of a sum stand in rows. Four columns are done at
+once, which then load a fourth of what is not in the first cache.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ RAISED = 1e-200  # the least total that is not 0
 
 def _join(columns: int) -> Any:
     """(betas, totals, rates, times, extremes, i, j, wide): fills betas and rates at i..j, i < j, and at as many
-    ``columns`` from j on. Betas are 0 where the sum or the total is, else at least ``FLOOR``; extremes [2, 8]: the least
-    that is not 0, and the greatest."""
+    ``columns`` from j on. Betas are 0 where the sum or the total is, else at least ``FLOOR``; extremes [2, 8]: the
+    least that is not 0, and the greatest."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def join(
@@ -49,7 +51,8 @@ def _join(columns: int) -> Any:
                 left = cells.get(b, i, k)
                 for end, total in zip(ends, sums, strict=True):
                     cells.add(total, left, cells.get(b, end, cells.after(k)))
-            zero, floor, endless, by = *(emit.constant(x) for x in (0.0, FLOOR, math.inf)), emit.load(c, emit.integer(0))
+            zero, floor, endless = (emit.constant(x) for x in (0.0, FLOOR, math.inf))
+            by = emit.load(c, emit.integer(0))
             leaf, least, most = cells.get(b, i, i), *(emit.load(e, emit.integer(x * LANES)) for x in range(2))
             before: list[Any] = []
             for end, total in zip(ends, sums, strict=True):
@@ -169,7 +172,7 @@ def inside(totals, times, last, wide, betas, rates, extremes):  # type: ignore[n
 
 @compiled()
 def outside(betas, totals, rates, by, roots, lost, last, wide):  # type: ignore[no-untyped-def]
-    """Rates become marginals over the sums over labels, from roots: 1 / betas [0, n - 1] at a sentence's n - 1, else 0."""
+    """Rates become marginals over the sums over labels. roots: 1 / betas [0, n - 1] at a sentence's n - 1, else 0."""
     j = last
     while j >= 0:
         columns = _columns(j + 1)

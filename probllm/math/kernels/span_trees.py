@@ -23,7 +23,7 @@ from probllm.math.kernels.exponential import exponential
 from probllm.math.kernels.exponentials import BROKEN
 from probllm.math.kernels.lanes import LANES, from_lanes, to_lanes
 from probllm.math.kernels.logarithm import logarithm
-from probllm.math.kernels.span_labels import UNEVEN, log_gradient, log_total, shares_of, totals_of
+from probllm.math.kernels.span_labels import UNEVEN, WIDE, log_gradient, log_total, shares_of, totals_of
 from probllm.math.kernels.span_lanes import CEILING, FLOOR, RAISED, inside, outside
 
 LOST = 1e-13
@@ -141,26 +141,22 @@ def _label_logs(spans, n, totals, wide, m, below, flag, ratios, log_sums):  # ty
     """log_sums [T, T] over the labels of spans [T, T, K], by what ``totals_of`` found."""
     for i in range(n):
         for j in range(i, n):
-            if below < 0.0 if i == j else flag == UNEVEN and ratios[i, j] > 0.0:
+            if flag == WIDE or (below < 0.0 if i == j else flag == UNEVEN and ratios[i, j] > 0.0):
                 log_sums[i, j] = log_total(spans[i, j])
             else:
                 log_sums[i, j] = m * math.log(2.0) + logarithm(np.float64(totals[i * wide + j]))
 
 
 @compiled()
-def _in_logs(spans, n, mode, gradient, log_sums, chart, plain):  # type: ignore[no-untyped-def]
-    """``sums`` of a single sentence [T, T, K] in log space. plain [5, T, T]: room."""
-    starts, ends, totals, sums, marginals = plain
+def _shared(marginals, n, totals, wide, shares):  # type: ignore[no-untyped-def]
+    """shares = marginals [T, T] over totals; returns whether there is a total wherever there is a marginal."""
+    every = True
     for i in range(n):
         for j in range(i, n):
-            sums[i, j] = log_total(spans[i, j])
-    log_z = _logs(sums, n, mode == 1, starts, ends, totals, marginals)
-    if mode == 1:
-        log_gradient(spans, n, marginals, gradient)
-    elif mode == 2:
-        for i in range(n):
-            log_sums[i, i:n], chart[i, i:n] = sums[i, i:n], starts[i, i:n]
-    return log_z
+            total = totals[i * wide + j]
+            every &= total > 0.0 or marginals[i, j] == 0.0
+            shares[i * wide + j] = marginals[i, j] / total if total > 0.0 else 0.0
+    return every
 
 
 @compiled()
@@ -175,18 +171,20 @@ def sums(  # type: ignore[no-untyped-def]
     rows, size, _, k = spans.shape
     width, wide = size * k, wide_of(size)
     volume, apart = size * wide * LANES, wide * size + LANES  # of a table, and from one lane's totals to the next's
-    room, each = tables[first], np.zeros(LANES * apart, spans.dtype)
+    room = tables[first]
     betas, by, totals, rates = (
         room[:volume],
         room[volume : 2 * volume],
         room[2 * volume : 3 * volume],
         room[3 * volume :],
     )
+    each, shares = np.zeros(LANES * apart, spans.dtype), np.empty(LANES * apart, spans.dtype)
     flat, out = spans.reshape(spans.size), gradient.reshape(gradient.size)
     out = out if mode == 1 else np.empty(width, spans.dtype)
-    roots, extremes, lost = np.zeros((size + 1) * LANES), np.empty(2 * LANES), np.zeros(LANES)
-    times, offsets, n, flags = np.empty(LANES), np.empty(LANES), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
-    ratios, plain = np.empty((LANES, size, size)), np.empty((5, size, size))
+    roots, extremes, lost = np.zeros((size + 1) * LANES), np.empty(2 * LANES), np.empty(LANES)
+    times, offsets, ms, belows = np.empty((4, LANES))
+    n, flags, ratios = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty((LANES, size, size))
+    starts, ends, inner, marginals, logs = np.empty((5, size, size))
     order = by_falling_length(lengths, 1, size)
     for group in range(first, (rows + LANES - 1) // LANES, step):
         members = order[group * LANES : (group + 1) * LANES]
@@ -198,16 +196,13 @@ def sums(  # type: ignore[no-untyped-def]
                 b = members[lane]
                 at, words = b * size * width, lengths[b]
                 place, stride = (at, width + k) if mode == 1 else (0, 0)
-                m, every, below, flags[lane] = totals_of(
+                ms[lane], every, belows[lane], flags[lane] = totals_of(
                     flat, at, width + k, words, k, out, place, stride, here, wide, ratios[lane]
                 )
                 good[b] = flags[lane] != BROKEN
                 if flags[lane] == 0 or flags[lane] == UNEVEN:
                     n[lane] = words
-                    times[lane], offsets[lane] = _scale(here, words, last, m, every, wide)
-                    offsets[lane] += below
-                    if mode == 2:
-                        _label_logs(spans[b], words, here, wide, m, below, flags[lane], ratios[lane], log_sums[b])
+                    times[lane], offsets[lane] = _scale(here, words, last, ms[lane], every, wide)
             if n[lane] == 0:
                 here[:] = 0
         for i in range(last + 1):
@@ -227,27 +222,34 @@ def sums(  # type: ignore[no-untyped-def]
             outside(betas, totals, rates, by, roots, lost, last, wide)
             roots[:] = 0.0
         for i in range(last + 1 if mode == 1 else 0):
-            from_lanes(rates, (i * wide + i) * LANES, last + 1 - i, each, i * wide + i, apart)
+            from_lanes(rates, (i * wide + i) * LANES, last + 1 - i, shares, i * wide + i, apart)
         for lane in range(len(members)):
-            b, words = members[lane], lengths[members[lane]]
-            if n[lane] == 0 or not (extremes[LANES + lane] < CEILING and lost[lane] < LOST):
-                if good[b]:
-                    log_z[b] = _in_logs(
-                        spans[b], words, mode, gradient[b if mode == 1 else 0], log_sums[b if mode == 2 else 0],
-                        chart[b if mode == 2 else 0], plain,
-                    )  # fmt: skip
+            b = members[lane]
+            if not good[b]:
                 continue
-            top = betas[(words - 1) * LANES + lane]
-            log_z[b] = offsets[lane] + math.log(top) if top > 0.0 else -math.inf
+            at, words, flag, ratio = b * size * width, lengths[b], flags[lane], ratios[lane]
+            here, own = each[lane * apart : (lane + 1) * apart], shares[lane * apart : (lane + 1) * apart]
+            certain = n[lane] > 0 and extremes[LANES + lane] < CEILING and lost[lane] < LOST
+            if mode == 2 or not certain:
+                _label_logs(spans[b], words, here, wide, ms[lane], belows[lane], flag, ratio, logs)
+            if certain:
+                top = betas[(words - 1) * LANES + lane]
+                log_z[b] = offsets[lane] + belows[lane] + math.log(top) if top > 0.0 else -math.inf
+                if mode == 1 and flag == UNEVEN:
+                    _unscale(ratio, words, rates, lane, own, wide)
+                for i in range(words if mode == 2 else 0):
+                    for j in range(i, words):
+                        beta = betas[(i * wide + j) * LANES + lane]
+                        starts[i, j] = math.log(beta) if beta > 0.0 else -math.inf
+            else:
+                log_z[b] = _logs(logs, words, mode == 1, starts, ends, inner, marginals)
+                if mode == 1 and not (flag != WIDE and _shared(marginals, words, here, wide, own)):
+                    log_gradient(spans[b], words, marginals, gradient[b])
+                    continue
             if mode == 1:
-                if flags[lane] == UNEVEN:
-                    _unscale(ratios[lane], words, rates, lane, each[lane * apart : (lane + 1) * apart], wide)
-                at = b * size * width
-                shares_of(out, at, at + size * width, width + k, words, k, each, lane * apart, wide)
+                shares_of(out, at, at + size * width, width + k, words, k, shares, lane * apart, wide)
             for i in range(words if mode == 2 else 0):
-                for j in range(i, words):
-                    beta = betas[(i * wide + j) * LANES + lane]
-                    chart[b, i, j] = math.log(beta) if beta > 0.0 else -math.inf
+                log_sums[b, i, i:words], chart[b, i, i:words] = logs[i, i:words], starts[i, i:words]
 
 
 @compiled()
