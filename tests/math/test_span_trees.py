@@ -329,3 +329,12 @@ def test_lanes_are_entered_and_left(dtype: type) -> None:
     there_and_back(x.reshape(-1), by, table.reshape(-1), y.reshape(-1))
     np.testing.assert_array_equal(table[2:13], x[:, 1:12].T * by)
     np.testing.assert_allclose(y[:, 1:12], x[:, 1:12] * by[:, None], rtol=1e-6)
+
+
+def test_raised_total_under_great_sums_sends_its_row_to_logs() -> None:
+    spans = torch.zeros(1, 90, 90, 1, dtype=torch.float64)
+    spans[0, 0, 1:] = 30.0
+    spans[0, 0, 89] = -1e5  # in every tree; what is under it would lift the least total far above the least beta
+    lengths = torch.tensor([90])
+    expected = span_trees.RECURSION.twin((spans,), lengths)
+    torch.testing.assert_close(span_trees.forward((spans,), lengths, False)[0], expected, rtol=1e-12, atol=0)
