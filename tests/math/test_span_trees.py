@@ -338,3 +338,12 @@ def test_raised_total_under_great_sums_sends_its_row_to_logs() -> None:
     lengths = torch.tensor([90])
     expected = span_trees.RECURSION.twin((spans,), lengths)
     torch.testing.assert_close(span_trees.forward((spans,), lengths, False)[0], expected, rtol=1e-12, atol=0)
+
+
+def test_log_z_alone_is_looked_at_for_underflow_too() -> None:
+    spans = torch.full((1, 5, 5, 1), -torch.inf, dtype=torch.float64)
+    spans[0, range(5), range(5)] = 0.0
+    spans[0, 0, 1:4], spans[0, 1, 2], spans[0, 0, 4] = -300.0, 0.0, 0.0  # 0..4 is 0..3 and 4, 0..3 is 0..2 and 3
+    lengths = torch.tensor([5])
+    expected = span_trees.RECURSION.twin((spans,), lengths)
+    torch.testing.assert_close(span_trees.forward((spans,), lengths, False)[0], expected, rtol=1e-12, atol=0)
