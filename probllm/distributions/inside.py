@@ -49,7 +49,8 @@ class InsideDistribution(StructuredDistribution):
             TypeError: for scores that are not floating-point tensors.
             ValueError: for batch shapes that do not broadcast, devices that differ, or lengths out of range.
         """
-        device = next(iter(parts.values())).device
+        main = next(iter(parts.values()))
+        dtype, device = main.dtype, main.device
         for name, x in parts.items():
             if not x.is_floating_point():
                 raise TypeError(f"{name}: expected floating-point scores, got {x.dtype}")
@@ -64,8 +65,7 @@ class InsideDistribution(StructuredDistribution):
         except RuntimeError:
             shapes = {name: list(shape) for name, shape in leading.items()}
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
-        dtype = next(iter(parts.values())).dtype
-        self._given = {name: x.to(dtype) for name, x in parts.items()}
+        self._given = {name: x if x.dtype == dtype else x.to(dtype) for name, x in parts.items()}
         if lengths is None:
             self.lengths = torch.full(self._own_shape, longest, dtype=torch.long, device=device)
         else:
@@ -97,34 +97,49 @@ class InsideDistribution(StructuredDistribution):
     def _expand_part(self, name: str, x: Tensor) -> Tensor:
         return self._rows(name, self.batch_shape)
 
+    def _counting(self, name: str, scores: Tensor) -> Tensor:
+        """A part with 0 where its scores do not count."""
+        return scores
+
     def _checked_parts(self) -> dict[str, Tensor]:
         """The parts, once they are known to hold no NaN and no +inf."""
 
+        def sound(scores: Tensor) -> bool:
+            return bool(scores.amax() < math.inf)
+
         def check() -> bool:
-            for name, scores in self.parts.items():
-                if not is_wrapped(scores) and scores.numel() and not bool(scores.detach().amax() < math.inf):
-                    raise ValueError(f"{name}: scores must not be NaN or +inf (-inf forbids)")
+            for name, x in self.parts.items():
+                if not is_wrapped(x) and x.numel():
+                    scores = x.detach()
+                    if not sound(scores) and not sound(self._counting(name, scores)):
+                        raise ValueError(f"{name}: scores must not be NaN or +inf (-inf forbids)")
             return True
 
         self._keep("checked", check)
         return self.parts
 
-    def _flat(self, name: str, shared: bool) -> Tensor:
+    def _flat(self, name: str, shared: bool, checked: bool = True) -> Tensor:
         """A part as ``[B, ...]``, or ``[1, ...]`` where all rows share it and ``shared`` allows."""
-        x = self._checked_parts()[name]
-        event = x.shape[x.dim() - self._dims[name] :]
-        if shared and math.prod(x.shape[: x.dim() - self._dims[name]]) == 1:
-            return x.reshape(1, *event)
+        x = (self._checked_parts() if checked else self.parts)[name]
+        lead = x.dim() - self._dims[name]
+        if lead == 1 == len(self._own_shape) and x.shape[0] == self._own_shape[0]:
+            return x
+        if shared and math.prod(x.shape[:lead]) == 1:
+            return x.reshape(1, *x.shape[lead:])
         rows = self._rows(name)
-        return rows if len(self._own_shape) == 1 else rows.reshape(math.prod(self._own_shape), *event)
+        return (
+            rows
+            if len(self._own_shape) == 1
+            else rows.reshape(math.prod(self._own_shape), *rows.shape[-self._dims[name] :])
+        )
 
     def _flat_lengths(self) -> Tensor:
-        return self.lengths.reshape(-1)
+        return self.lengths if self.lengths.dim() == 1 else self.lengths.reshape(-1)
 
-    def _flat_parts(self) -> tuple[Tensor, ...]:
+    def _flat_parts(self, checked: bool = True) -> tuple[Tensor, ...]:
         """The parts as a ``Recursion`` takes them: what all rows share, but for the main part, once."""
-        rows = math.prod(self._own_shape)
-        return tuple(self._flat(name, rows > 1 and name != next(iter(self._dims))) for name in self._dims)
+        rows, main = math.prod(self._own_shape), next(iter(self._dims))
+        return tuple([self._flat(name, rows > 1 and name != main, checked) for name in self._dims])
 
     def _plain_parts(self) -> tuple[Tensor, ...] | None:
         """The same; None where kernels do not take them: on another device, under ``torch.func``, without rows."""
@@ -136,15 +151,23 @@ class InsideDistribution(StructuredDistribution):
         """Structures ``[*lead, B, ...]`` in the batch's own shape."""
         return structures.reshape(*lead, *self._own_shape, *self.event_shape)
 
+    @property
+    def _looked_at(self) -> bool:
+        """Whether the recursion itself looks for what must not be among the scores."""
+        return self._recursion.checks and self.lengths.is_cpu
+
     def _log_z(self) -> Tensor:
-        rows, scores = math.prod(self._own_shape), self._flat_parts()
+        rows, scores = math.prod(self._own_shape), self._flat_parts(not self._looked_at)
         if rows == 0:  # an empty batch: nothing, with gradients
             return sum(x.sum() for x in scores).double().expand(self._own_shape)  # type: ignore[union-attr]
-        log_z = recursion.log_partition(self._recursion, scores, self._flat_lengths())
-        return log_z if log_z.shape == self._own_shape else log_z.reshape(self._own_shape)
+        both = recursion.log_partitions(self._recursion, scores, self._flat_lengths(), self._dtype)
+        if len(self._own_shape) != 1:
+            both = both[0].reshape(self._own_shape), both[1].reshape(self._own_shape)
+        self._keep("rounded", lambda: both[1])
+        return both[0]
 
     def _expected(self) -> dict[str, Tensor]:
-        scores = tuple(self._flat(name, False) for name in self._dims)
+        scores = tuple(self._flat(name, False, not self._looked_at) for name in self._dims)
         if math.prod(self._own_shape) == 0:
             found = tuple(x * 1.0 for x in scores)
         else:
@@ -155,7 +178,8 @@ class InsideDistribution(StructuredDistribution):
         if "expected" in self._kept or math.prod(self._own_shape) == 0:
             return super()._main_expected()
         # what rows share stays shared: its gradient is summed over them and thrown away
-        found = recursion.expected_parts(self._recursion, self._flat_parts(), self._flat_lengths())[0]
+        scores = self._flat_parts(not self._looked_at)
+        found = recursion.expected_parts(self._recursion, scores, self._flat_lengths())[0]
         return found.reshape(*self._own_shape, *found.shape[1:])
 
     def _run(

@@ -24,7 +24,7 @@ class SpanTree(InsideDistribution):
 
     Args:
         spans: ``[..., T, T, K]`` scores of label k on the leaves i to j, both counted, ``spans[i, j, k]``; ``-inf``
-            forbids. What lies below the diagonal (j < i) is ignored.
+            forbids. What lies below the diagonal (j < i) or beyond the length is ignored.
         lengths: ``[...]`` long, each from 1 to T; all T if None. Leading dimensions broadcast to the batch.
     Raises:
         TypeError: for scores that are not floating point, or lengths that are not integers.
@@ -50,6 +50,9 @@ class SpanTree(InsideDistribution):
     def _inside(self, used: Tensor) -> Tensor:
         """Marks of parts, 0 at padding and below the diagonal."""
         return torch.where(within_lengths(self.lengths, used.shape[-2]).unsqueeze(-1), used, 0.0)
+
+    def _counting(self, name: str, scores: Tensor) -> Tensor:
+        return self._inside(scores)
 
     def _greatest(self) -> int:
         return self.parts["spans"].shape[-1]

@@ -120,7 +120,8 @@ class StructuredDistribution(TorchDistribution):  # type: ignore[misc]
     @property
     def log_partition(self) -> Tensor:
         """log Z ``[*batch]``, in nats."""
-        return self._grow(self._keep("log_z", self._log_z)).to(self._dtype)
+        log_z = self._keep("log_z", self._log_z)
+        return self._grow(self._keep("rounded", lambda: log_z.to(self._dtype)))
 
     @property
     def marginals(self) -> Tensor:

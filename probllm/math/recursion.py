@@ -31,16 +31,21 @@ class Recursion(NamedTuple):
     inside: Callable[[Semiring, tuple[Tensor, ...], Tensor], Tensor]
     # (scores, lengths, keep) -> log Z [B] float64, and what backward needs (anything; None unless keep); never NaN
     forward: Callable[[tuple[Tensor, ...], Tensor, bool], tuple[Tensor, Any]] | None = None
-    # (what forward kept, weights [B]) -> sum over rows of weights * gradient of log Z in each of the scores, in their
-    # shapes; 0 in a row whose log Z is -inf
+    # (what forward kept, weights [B] float32 or float64) -> sum over rows of weights * gradient of log Z in each of the
+    # scores, in their shapes; 0 in a row whose log Z is -inf
     backward: Callable[[Any, Tensor], tuple[Tensor, ...]] | None = None
+    # whether forward itself raises ValueError where one of the scores that count is NaN or +inf
+    checks: bool = False
+
+    def compiled(self, scores: tuple[Tensor, ...]) -> bool:
+        """Whether kernels do such scores."""
+        return self.forward is not None and scores[0].is_cpu
 
     def twin(self, scores: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
         """log Z ``[B]`` in torch operations, float64."""
         return self.inside(LOG, tuple(LOG.lift(x.double()) for x in scores), lengths).squeeze(0)
 
 
-@untraced
 def log_partition(recursion: Recursion, scores: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
     """log Z ``[B]`` in float64.
 
@@ -48,15 +53,26 @@ def log_partition(recursion: Recursion, scores: tuple[Tensor, ...], lengths: Ten
         scores: ``[B, ...]`` or ``[1, ...]`` each; one at least has B rows, unless B = 1.
         lengths: ``[B]`` or ``[B, n]`` long: what else tells the rows' sizes.
     """
-    if recursion.forward is None or scores[0].device.type != "cpu":
-        return recursion.twin(scores, lengths)
-    if in_transform(lengths, *scores):
-        result: Tensor = _LogPartition.apply(recursion, lengths, [], *scores)  # type: ignore[no-untyped-call]
-        return result
-    if torch.is_grad_enabled() and any(x.requires_grad for x in scores):
-        direct: Tensor = _Direct.apply(recursion, lengths, *scores)  # type: ignore[no-untyped-call]
-        return direct
-    return recursion.forward(tuple(x.detach() for x in scores), lengths, False)[0]
+    return log_partitions(recursion, scores, lengths, torch.float64)[0]
+
+
+@untraced
+def log_partitions(
+    recursion: Recursion, scores: tuple[Tensor, ...], lengths: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``log_partition`` in float64 and in ``dtype``: both from one step of the gradient, where a second would take as
+    long as a kernel of a small batch."""
+    if not recursion.compiled(scores):
+        log_z = recursion.twin(scores, lengths)
+    elif forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        log_z = _LogPartition.apply(recursion, lengths, [], *scores)  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in scores):
+        found: tuple[Tensor, ...] = _Direct.apply(recursion, lengths, dtype, *scores)  # type: ignore[no-untyped-call]
+        return found[0], found[-1]
+    else:
+        assert recursion.forward is not None
+        log_z = recursion.forward(tuple([x.detach() for x in scores]), lengths, False)[0]
+    return log_z, log_z.to(dtype)
 
 
 def in_transform(*inputs: Tensor) -> bool:
@@ -68,7 +84,7 @@ def in_transform(*inputs: Tensor) -> bool:
 def expected_parts(recursion: Recursion, scores: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, ...]:
     """The gradient of log Z in each of the scores, in their shapes and dtypes; differentiable."""
     weights = torch.ones(lengths.shape[0], dtype=torch.float64, device=lengths.device)
-    if recursion.forward is None or scores[0].device.type != "cpu":
+    if not recursion.compiled(scores):
         return _twin_expected(recursion.twin, lengths, weights, *scores)
     found: tuple[Tensor, ...] = _Expected.apply(recursion, lengths, weights, *scores)  # type: ignore[no-untyped-call]
     return found
@@ -88,24 +104,35 @@ def _twin_expected(
 
 
 class _Direct(torch.autograd.Function):
-    """log Z outside of transforms, without what they cost each call."""
+    """log Z outside of transforms, without what they cost each call; and once more, if it is wanted in another type."""
 
     @staticmethod
-    def forward(ctx: Any, recursion: Recursion, lengths: Tensor, *scores: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, recursion: Recursion, lengths: Tensor, dtype: torch.dtype, *scores: Tensor
+    ) -> tuple[Tensor, ...]:
         assert recursion.forward is not None
-        log_z, ctx.kept = recursion.forward(tuple(x.detach() for x in scores), lengths, True)
+        log_z, ctx.kept = recursion.forward(tuple([x.detach() for x in scores]), lengths, True)
         ctx.recursion = recursion
         ctx.save_for_backward(lengths, *scores)
-        return log_z.clone()  # what is returned must not be what ctx holds: the graph would hold itself alive
+        ctx.set_materialize_grads(False)
+        # what is returned must not be what ctx holds: the graph would hold itself alive
+        return (log_z.clone(),) if dtype == log_z.dtype else (log_z.detach(), log_z.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         lengths, *scores = ctx.saved_tensors
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * (3 + len(scores))
+        weights = given[0] if len(given) == 1 else given[0] + given[1].double()
+        weights = weights if weights.dtype in (torch.float32, torch.float64) else weights.double()
         if torch.is_grad_enabled():  # someone will differentiate what this returns
-            found = _Expected.apply(ctx.recursion, lengths, grad, *scores)  # type: ignore[no-untyped-call]
+            found = _Expected.apply(  # type: ignore[no-untyped-call]
+                ctx.recursion, lengths, weights.double(), *scores
+            )
         else:
-            found = ctx.recursion.backward(ctx.kept, grad)
-        return (None, None, *(g.to(x.dtype) for g, x in zip(found, scores, strict=True)))
+            found = ctx.recursion.backward(ctx.kept, weights)
+        return (None, None, None, *[g.to(x.dtype) for g, x in zip(found, scores, strict=True)])
 
 
 class _LogPartition(torch.autograd.Function):

@@ -13,6 +13,8 @@ def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     Raises:
         RuntimeError: where they do not broadcast.
     """
+    if len(shapes) == 1:
+        return torch.Size(shapes[0])
     common: Sequence[int] = ()
     for shape in shapes:
         if len(shape):

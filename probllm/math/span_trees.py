@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from probllm.math import room
-from probllm.math.kernels import span_labels
 from probllm.math.kernels import span_trees as kernels
 from probllm.math.kernels.lanes import LANES
-from probllm.math.kernels.threads import run_shares
+from probllm.math.kernels.threads import run_shares, shares_of
 from probllm.math.recursion import Recursion
 from probllm.math.semirings import Semiring
 from probllm.math.untraced import untraced
@@ -86,37 +85,62 @@ def within_lengths(lengths: Tensor, size: int) -> Tensor:
     return (leaves.unsqueeze(-1) <= leaves) & (leaves < lengths[..., None, None])
 
 
+_NOTHING = np.empty((1, 1, 1))  # where nothing is asked for
+
+
 class _Kept(NamedTuple):
     """What the backward pass needs."""
 
-    terms: Any  # [B, T, T K]: exponentials of the scores, up to a factor of each span; of one label, the scores
+    scores: Any  # [B, T, T, K]
     lengths: Any  # [B]
-    totals: Any  # [B, T, T], of the terms
-    marginals: Any  # [B, T, T], of spans with any label, in the precision of the scores
+    marginals: list[Any]  # [B, T, T, K], until they have been given away
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
-    """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels."""
-    sums, n, terms, totals = _label_sums(scores[0], lengths)
-    rows, size, _ = sums.shape
-    marginals, log_z = room.zeros((rows if keep else 0, size, size), terms.dtype), np.empty(rows)
-    arguments = (sums, n, _by_length(n), int(keep), np.empty((0, 0, 0)), marginals, log_z)
-    run_shares(kernels.inside_outside, arguments, -(-rows // LANES), 0.1 * rows * size**3)
-    return torch.from_numpy(log_z), _Kept(terms, n, totals, marginals) if keep else None
+    """log Z ``[B]`` of spans ``[B, T, T, K]`` by the kernels: there and back while a sentence is in the cache.
+
+    Raises:
+        ValueError: for scores within a sentence that are NaN or +inf.
+    """
+    given, n = _scores(scores[0]), _ints(lengths)
+    if not keep:
+        return torch.from_numpy(_sums(given, n, 0)), None
+    marginals = room.empty(given.shape, given.dtype)
+    return torch.from_numpy(_sums(given, n, 1, marginals)), _Kept(given, n, [marginals])
 
 
 def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     """weights * the marginals of spans ``[B, T, T, K]``."""
-    rows, size, width = kept.terms.shape
-    if width == size:
-        marginals = torch.from_numpy(kept.marginals)
-        spans = marginals * weights.to(marginals.dtype)[:, None, None]
+    if kept.marginals:
+        marginals = kept.marginals.pop()  # they become the gradient, so they are given once
     else:
-        gradient = room.empty(kept.terms.shape, kept.terms.dtype)
-        arguments = (*kept, weights.detach().double().contiguous().numpy(), gradient)
-        run_shares(span_labels.label_gradient, arguments, rows, 0.4 * gradient.size)
-        spans = torch.from_numpy(gradient)
-    return (spans.view(rows, size, size, width // size),)
+        marginals = room.empty(kept.scores.shape, kept.scores.dtype)
+        _sums(kept.scores, kept.lengths, 1, marginals)
+    spans, by = torch.from_numpy(marginals), weights.numpy()
+    weight = by.item(0)
+    if by.strides[0] and not (by == weight).all():
+        spans.mul_(weights.to(spans.dtype)[:, None, None, None])
+    elif weight != 1:  # a sum over the batch leaves them as they are
+        spans.mul_(weight)
+    return (spans,)
+
+
+def _sums(
+    scores: Any, lengths: Any, mode: int, marginals: Any = None, log_sums: Any = _NOTHING, chart: Any = _NOTHING
+) -> Any:
+    """log Z ``[B]``; marginals ``[B, T, T, K]`` are written if ``mode`` is 1, log sums and the chart if it is 2."""
+    rows, size, _, k = scores.shape
+    groups, nanoseconds = -(-rows // LANES), rows * size * size * (0.4 * k + 0.03 * size)
+    log_z, good = np.empty(rows), np.empty(rows, np.bool_)
+    marginals = np.empty((1, 1, 1, 1), scores.dtype) if marginals is None else marginals
+    work = room.empty((shares_of(groups, nanoseconds), kernels.room_for(size)))
+    arguments = (scores, lengths, mode, work, marginals, log_sums, chart, log_z, good)
+    run_shares(kernels.sums, arguments, groups, nanoseconds)
+    if 0 in good.tobytes():
+        raise ValueError(
+            f"spans: scores must not be NaN or +inf (-inf forbids), as in row {good.argmin()} of the batch"
+        )
+    return log_z
 
 
 @untraced
@@ -133,43 +157,25 @@ def best(spans: Tensor, lengths: Tensor) -> Tensor:
 @untraced
 def draw(spans: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Exact samples ``[count, B, T, T]``, by the kernels."""
-    sums, n, _, _ = _label_sums(spans, lengths)
-    rows, size, _ = sums.shape
-    chart, log_z = np.full((rows, size, size), -np.inf), np.empty(rows)
-    arguments: tuple[Any, ...] = (sums, n, _by_length(n), 2, chart, np.empty((0, 0, 0)), log_z)
-    run_shares(kernels.inside_outside, arguments, -(-rows // LANES), 0.1 * rows * size**3)
+    scores, n = _scores(spans), _ints(lengths)
+    rows, size, _, _ = scores.shape
+    sums, chart = np.empty((rows, size, size)), np.full((rows, size, size), -np.inf)
+    log_z = _sums(scores, n, 2, None, sums, chart)
     trees = np.zeros((count, rows, size, size), np.int64)
     uniforms = torch.rand(count, rows, 4 * size, dtype=torch.float64).numpy()
-    arguments = (chart, _scores(spans), sums, n, log_z, uniforms, trees)
+    arguments = (chart, scores, sums, n, log_z, uniforms, trees)
     run_shares(kernels.draw, arguments, count, 20.0 * count * rows * size**1.5)
     return torch.from_numpy(trees)
 
 
-def _label_sums(spans: Tensor, lengths: Tensor) -> tuple[Any, Any, Any, Any]:
-    """Log sums over labels ``[B, T, T]``, lengths, and what ``_Kept`` has of the labels, as arrays."""
-    rows, size, _, k = spans.shape
-    scores, n = _scores(spans), _ints(lengths)
-    if k == 1:
-        return scores, n, scores, scores
-    (sums, totals), terms = np.empty((2, rows, size, size)), room.empty(scores.shape, scores.dtype)
-    run_shares(span_labels.label_sums, (scores, n, sums, terms, totals), rows, 0.5 * scores.size)
-    return sums, n, terms, totals
-
-
 def _scores(spans: Tensor) -> Any:
-    """``[B, T, T K]``, float32 or float64."""
-    spans = spans.detach()
+    """``[B, T, T, K]``, float32 or float64."""
     wide = spans if spans.dtype in (torch.float32, torch.float64) else spans.float()
-    return wide.flatten(2).contiguous().numpy()
-
-
-def _by_length(lengths: Any) -> Any:
-    """The rows of the batch, longest first."""
-    return np.argsort(-lengths, kind="stable")
+    return wide.detach().contiguous().numpy()
 
 
 def _ints(lengths: Tensor) -> Any:
     return lengths.long().contiguous().numpy()
 
 
-RECURSION = Recursion(inside, forward, backward)
+RECURSION = Recursion(inside, forward, backward, checks=True)

@@ -17,50 +17,12 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.eisner import TINY, scaled
-from probllm.math.kernels.lanes import LANES, aligned
+from probllm.math.kernels.lanes import LANES, Cells, aligned
 from probllm.math.kernels.vectors import Emit
-
-
-class _Cells:
-    """Entries of tables, and sums of products of entries."""
-
-    def __init__(self, emit: Emit, wide: Any) -> None:
-        self.emit, self.wide = emit, wide
-
-    def at(self, row: Any, column: Any) -> Any:
-        builder = self.emit.builder
-        return builder.mul(builder.add(builder.mul(row, self.wide), column), self.emit.integer(LANES))
-
-    def get(self, table: Any, row: Any, column: Any) -> Any:
-        return self.emit.load(table, self.at(row, column))
-
-    def put(self, value: Any, table: Any, row: Any, column: Any) -> None:
-        self.emit.store(value, table, self.at(row, column))
-
-    def after(self, index: Any, by: int = 1) -> Any:
-        return self.emit.builder.add(index, self.emit.integer(by))
-
-    def sums(self, count: int) -> list[Any]:
-        return [self.emit.variable() for _ in range(count)]
-
-    def add(self, total: Any, x: Any, y: Any) -> None:
-        self.emit.add_to(total, self.emit.times(x, y))
-
-    def read(self, total: Any, *others: Any) -> Any:
-        value = self.emit.builder.load(total)
-        for other in others:
-            value = self.emit.plus(value, other)
-        return value
-
-    def each(self, first: Any, last: Any) -> Any:
-        """A loop over first <= k < last."""
-        whole = self.emit.integer
-        return cgutils.for_range_slice(self.emit.builder, first, last, whole(1), intp=whole)
 
 
 def _attach(columns: int) -> Any:
@@ -73,7 +35,7 @@ def _attach(columns: int) -> Any:
             emit = Emit(context, builder, sig.args[0].dtype, LANES)
             s, h, a = (emit.data(sig.args[q], arguments[q]) for q in range(3))
             i, j, wide = arguments[3:]
-            cells = _Cells(emit, wide)
+            cells = Cells(emit, wide)
             ends = [cells.after(j, c) for c in range(columns)]
             sums = [cells.sums(3) for _ in ends]
             second = cells.after(i)
@@ -115,7 +77,7 @@ def _detach(columns: int) -> Any:
             emit = Emit(context, builder, sig.args[0].dtype, LANES)
             s, h, a, d, g = (emit.data(sig.args[q], arguments[q]) for q in range(5))
             joins, i, j, last, wide = arguments[5:]
-            cells = _Cells(emit, wide)
+            cells = Cells(emit, wide)
             ends = [cells.after(j, -c) for c in range(columns)]
             sums = [cells.sums(4) for _ in ends]
             with cells.each(cells.after(j), cells.after(last)) as (t, _):

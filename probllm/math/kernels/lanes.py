@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -17,7 +18,6 @@ from probllm.math.kernels.compiled import compiled
 from probllm.math.kernels.vectors import Emit
 
 LANES = 8
-_BLOCK = 4  # sums that are kept apart, so that one addition need not wait for the last
 
 
 @compiled()
@@ -28,81 +28,94 @@ def aligned(size):  # type: ignore[no-untyped-def]
     return room[skip : skip + size]
 
 
-def _sum_of_products(emit: Emit, sums: list[Any], x: Any, at: Any, y: Any, after: Any, n: Any) -> None:
-    """Adds x[at + 8 k] y[after + 8 k], k < n, to the sums in turn."""
-    builder, whole = emit.builder, emit.integer
+class Cells:
+    """Entries of tables [..., wide, 8], and sums of products of entries."""
 
-    def add(k: Any, which: int) -> None:
-        moved = builder.mul(k, whole(LANES))
-        left = emit.load(x, builder.add(at, moved))
-        right = emit.load(y, builder.add(after, moved))
-        emit.add_to(sums[which], emit.times(left, right))
+    def __init__(self, emit: Emit, wide: Any) -> None:
+        self.emit, self.wide = emit, wide
 
-    blocks = builder.and_(n, whole(-_BLOCK))
-    with cgutils.for_range_slice(builder, whole(0), blocks, whole(_BLOCK), intp=whole) as (k, _):
-        for which in range(_BLOCK):
-            add(builder.add(k, whole(which)), which)
-    with cgutils.for_range_slice(builder, blocks, n, whole(1), intp=whole) as (k, _):
-        add(k, 0)
+    def at(self, row: Any, column: Any) -> Any:
+        builder = self.emit.builder
+        return builder.mul(builder.add(builder.mul(row, self.wide), column), self.emit.integer(LANES))
+
+    def get(self, table: Any, row: Any, column: Any) -> Any:
+        return self.emit.load(table, self.at(row, column))
+
+    def put(self, value: Any, table: Any, row: Any, column: Any) -> None:
+        self.emit.store(value, table, self.at(row, column))
+
+    def after(self, index: Any, by: int = 1) -> Any:
+        return self.emit.builder.add(index, self.emit.integer(by))
+
+    def sums(self, count: int) -> list[Any]:
+        return [self.emit.variable() for _ in range(count)]
+
+    def add(self, total: Any, x: Any, y: Any) -> None:
+        self.emit.add_to(total, self.emit.times(x, y))
+
+    def read(self, total: Any, *others: Any) -> Any:
+        value = self.emit.builder.load(total)
+        for other in others:
+            value = self.emit.plus(value, other)
+        return value
+
+    def each(self, first: Any, last: Any) -> Any:
+        """A loop over first <= k < last."""
+        whole = self.emit.integer
+        return cgutils.for_range_slice(self.emit.builder, first, last, whole(1), intp=whole)
 
 
-def _total(emit: Emit, sums: list[Any]) -> Any:
-    total = emit.builder.load(sums[0])
-    for one in sums[1:]:
-        total = emit.plus(total, emit.builder.load(one))
-    return total
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def join(
-    typingctx: Any, x: Any, at: Any, y: Any, after: Any, n: Any, factor: Any, here: Any, there: Any, floor: Any
-) -> Any:  # fmt: skip
-    """x[here] = y[there] = factor[here] * sum over k < n of x[at + 8 k] y[after + 8 k], in each lane: 0 where the sum
-    or the factor is, else at least ``floor``."""
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        emit = Emit(context, builder, sig.args[0].dtype, LANES)
-        x_data, y_data, f_data = (emit.data(sig.args[i], arguments[i]) for i in (0, 2, 5))
-        _, at, _, after, n, _, here, there, floor = arguments
-        sums = [emit.variable() for _ in range(_BLOCK)]
-        _sum_of_products(emit, sums, x_data, at, y_data, after, n)
-        total, factors = _total(emit, sums), emit.load(f_data, here)
-        zero, least = emit.spread(emit.scalar(0.0)), emit.spread(floor)
-        value = emit.times(total, factors)
-        value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
-        allowed = builder.and_(builder.fcmp_ordered(">", total, zero), builder.fcmp_ordered(">", factors, zero))
-        value = builder.select(allowed, value, zero)
-        emit.store(value, x_data, here)
-        emit.store(value, y_data, there)
-        return context.get_dummy_value()
-
-    return types.void(x, at, y, after, n, factor, here, there, floor), generate
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """The columns of eight vectors of eight: each round takes the first bit of a row's number to its columns' end."""
+    word = ir.IntType(32)
+    halves = [
+        ir.Constant(ir.VectorType(word, 8), [word(q) for i in range(first, first + 4) for q in (i, i + 8)])
+        for first in (0, 4)
+    ]
+    for _ in range(3):
+        rows = [builder.shuffle_vector(rows[i], rows[i + 4], half) for i in range(4) for half in halves]
+    return rows
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def split(
-    typingctx: Any, x: Any, y: Any, by_x: Any, by_y: Any, factor: Any, mass: Any, here: Any, there: Any, behind: Any,
-    beyond: Any, n: Any, before: Any, above: Any, m: Any
-) -> Any:  # fmt: skip
-    """The gradient d of the entry at ``here``, in each lane: what ``mass[here]`` holds, plus the sum over k < n of
-    by_x[behind + 8 k] x[beyond + 8 k], plus that over k < m of by_y[before + 8 k] y[above + 8 k]. Then
-    mass[here] = d x[here] and by_x[here] = by_y[there] = d factor[here], 0 where x[here] is."""
+def to_lanes(typingctx: Any, x: Any, at: Any, apart: Any, n: Any, by: Any, table: Any, there: Any) -> Any:
+    """table[there + 8 j + lane] = by[lane] x[at + lane apart + j], j < n; up to seven more are read and written
+    behind."""
 
     def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        emit = Emit(context, builder, sig.args[0].dtype, LANES)
-        x_data, y_data, bx_data, by_data, f_data, m_data = (emit.data(sig.args[i], arguments[i]) for i in range(6))
-        here, there, behind, beyond, n, before, above, m = arguments[6:]
-        sums = [emit.variable() for _ in range(_BLOCK)]
-        _sum_of_products(emit, sums, bx_data, behind, x_data, beyond, n)
-        _sum_of_products(emit, sums, by_data, before, y_data, above, m)
-        d = emit.plus(_total(emit, sums), emit.load(m_data, here))
-        zero, value = emit.spread(emit.scalar(0.0)), emit.load(x_data, here)
-        d = builder.select(builder.fcmp_ordered(">", value, zero), d, zero)
-        emit.store(emit.times(d, value), m_data, here)
-        passed = emit.times(d, emit.load(f_data, here))
-        emit.store(passed, bx_data, here)
-        emit.store(passed, by_data, there)
+        given, emit = (Emit(context, builder, sig.args[i].dtype, LANES) for i in (0, 5))
+        data, found = given.data(sig.args[0], arguments[0]), emit.data(sig.args[5], arguments[5])
+        _, at, apart, n, _, _, there = arguments
+        factors = emit.load(emit.data(sig.args[4], arguments[4]), emit.integer(0))
+        with emit.vectors(n) as (j, _):
+            place = builder.add(at, j)
+            rows = [given.load(data, builder.add(place, builder.mul(apart, emit.integer(i)))) for i in range(LANES)]
+            begin = builder.add(there, builder.mul(j, emit.integer(LANES)))
+            for i, column in enumerate(_transposed(builder, rows)):
+                emit.store(
+                    emit.times(emit.widened(column), factors), found, builder.add(begin, emit.integer(i * LANES))
+                )
         return context.get_dummy_value()
 
-    signature = types.void(x, y, by_x, by_y, factor, mass, here, there, behind, beyond, n, before, above, m)
-    return signature, generate
+    return types.void(x, at, apart, n, by, table, there), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def from_lanes(typingctx: Any, table: Any, there: Any, n: Any, x: Any, at: Any, apart: Any) -> Any:
+    """x[at + lane apart + j] = table[there + 8 j + lane], j < n; up to seven more are read and written behind."""
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        given, emit = (Emit(context, builder, sig.args[i].dtype, LANES) for i in (0, 3))
+        data, found = given.data(sig.args[0], arguments[0]), emit.data(sig.args[3], arguments[3])
+        _, there, n, _, at, apart = arguments
+        with emit.vectors(n) as (j, _):
+            begin = builder.add(there, builder.mul(j, emit.integer(LANES)))
+            columns = [given.load(data, builder.add(begin, emit.integer(i * LANES))) for i in range(LANES)]
+            if emit.vector != given.vector:
+                columns = [builder.fptrunc(column, emit.vector) for column in columns]
+            place = builder.add(at, j)
+            for i, row in enumerate(_transposed(builder, columns)):
+                emit.store(row, found, builder.add(place, builder.mul(apart, emit.integer(i))))
+        return context.get_dummy_value()
+
+    return types.void(table, there, n, x, at, apart), generate
