@@ -96,7 +96,10 @@ class _LogLikelihood(torch.autograd.Function):
 
 
 def _chain_of(symbols: Tensor, initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Chain:
-    rows = emission.t().contiguous().index_select(0, symbols.reshape(-1)).view(*symbols.shape, -1)
+    if torch.is_grad_enabled():
+        rows = emission.t()[symbols]
+    else:  # torch would wake its threads for it
+        rows = torch.from_numpy(emission.detach().t().contiguous().numpy().take(symbols.numpy(), 0))
     return as_chain(rows, transition, initial, None, lengths)
 
 
