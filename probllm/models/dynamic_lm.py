@@ -125,8 +125,9 @@ class DynamicLM(LanguageModel):
             with self._holding(weights):
                 with torch.set_grad_enabled(learns):
                     laws = self._laws(context, segment)
+                    loss = -laws[:-1].gather(1, segment.unsqueeze(1)).mean()
                 if learns:
-                    gradient = self._gradient(-laws[:-1].gather(1, segment.unsqueeze(1)).mean())
+                    gradient = self._gradient(loss)
             if learns:
                 weights = self._stepped(weights, gradient)
             # what follows a segment is predicted by the weights that it leaves
