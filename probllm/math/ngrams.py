@@ -118,8 +118,6 @@ def smoothed(
         ValueError: for an order below 1, no strings, tokens out of range, another smoothing, or a k that is not above
             0.
     """
-    if order < 1:
-        raise ValueError(f"order: expected at least 1, got {order}")
     if smoothing not in ("kneser-ney", "witten-bell", "additive"):
         raise ValueError(f"smoothing: expected 'kneser-ney', 'witten-bell' or 'additive', got {smoothing!r}")
     if not 0 < k < np.inf:
@@ -149,7 +147,10 @@ def count(
     strings: Sequence[Sequence[int] | Array], size: int, order: int, different: bool = True, ends: bool = False
 ) -> tuple[Counts, Array]:
     """The n-grams of strings, and the count of each that smoothing uses, ``[nodes]``: occurrences, or below the highest
-    order, where ``different``, the different tokens before it, as Kneser-Ney wants; 0 for the beginning."""
+    order, where ``different``, the different tokens before it, as Kneser-Ney wants; 0 for the beginning. Arguments and
+    errors as of ``smoothed``."""
+    if order < 1:
+        raise ValueError(f"order: expected at least 1, got {order}")
     counts = _count(strings, size, order, ends)
     levels, used = counts.levels, counts.occurrences.copy()
     if different:

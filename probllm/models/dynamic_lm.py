@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from probllm.models.causal_lm import CausalLM
-from probllm.models.language_model import LanguageModel, check_text, last_real
+from probllm.models.language_model import LanguageModel, check_text
 
 
 class Row(NamedTuple):
@@ -98,10 +98,7 @@ class DynamicLM(LanguageModel):
         state = DynamicState([Row(None, nothing, nothing)] * len(prompt))
         with self._holding(None), torch.no_grad():
             first = self._laws(nothing, nothing).expand(len(prompt), -1)
-        if not prompt.shape[1]:
-            return first, state
-        log_probs, state = self.advance(prompt, state, mask)
-        return last_real(log_probs, first, mask), state
+        return self._read(prompt, mask, first, state)  # type: ignore[return-value]
 
     def advance(self, tokens: Tensor, state: DynamicState, mask: Tensor | None = None) -> tuple[Tensor, DynamicState]:  # type: ignore[override]
         check_text(tokens, mask, self.size, "tokens")
@@ -109,14 +106,14 @@ class DynamicLM(LanguageModel):
         rows = []
         for b, row in enumerate(state.rows):
             places = torch.arange(tokens.shape[1]) if mask is None else mask[b].nonzero().squeeze(1)
-            found[b, places], after = self._read(tokens[b, places], row)
+            found[b, places], after = self._read_row(tokens[b, places], row)
             rows.append(after)
         return found, DynamicState(rows)
 
-    def _read(self, tokens: Tensor, row: Row) -> tuple[Tensor, Row]:
+    def _read_row(self, tokens: Tensor, row: Row) -> tuple[Tensor, Row]:
         """Log probabilities of the next token after each of these ``[L]``, and what was read then."""
         weights, context, segment = row
-        found, closed = [self.steepness.new_zeros(0, self.size)], False
+        found, closed = [self.steepness.new_zeros(0, self.size, dtype=torch.float32)], False
         while len(tokens):
             part, tokens = tokens[: self.segment - len(segment)], tokens[self.segment - len(segment) :]
             known, segment = len(segment), torch.cat([segment, part])
@@ -153,7 +150,8 @@ class DynamicLM(LanguageModel):
         trained, mean = self._flat(), self.steepness.mean()
         weights = trained if weights is None else weights
         drawn = self.decay * (trained - weights) * self.steepness / mean
-        return weights - self.rate * gradient / (self.steepness + mean) + drawn
+        after: Tensor = weights - self.rate * gradient / (self.steepness + mean) + drawn
+        return after
 
     def _gradient(self, loss: Tensor) -> Tensor:
         parts = torch.autograd.grad(loss, list(self.model.parameters()))

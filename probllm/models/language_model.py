@@ -24,7 +24,7 @@ from probllm.math.masks import lengths_from_mask
 from probllm.models.model import Batch, Model
 
 PIECE = 256  # tokens that are read at once
-ROOM = 1 << 24  # log probabilities that are held at once, where this takes shorter pieces
+ROOM = 1 << 24  # numbers that are held at once, where this takes shorter pieces
 
 
 class LanguageModel(Model):
@@ -64,15 +64,22 @@ class LanguageModel(Model):
         if mask is not None:
             text = text.where(mask, 0)
         found = [law.new_zeros(len(text), 0)]
-        piece = max(1, min(PIECE, ROOM // max(1, len(text) * self.size)))
-        for i in range(0, text.shape[1], piece):
-            tokens = text[:, i : i + piece]
-            laws, state = self.advance(tokens, state, None if mask is None else mask[:, i : i + piece])
+        for part in pieces(text, self.size):
+            tokens = text[:, part]
+            laws, state = self.advance(tokens, state, None if mask is None else mask[:, part])
             before = torch.cat([law.unsqueeze(1), laws[:, :-1]], 1)
             found.append(before.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
             law = laws[:, -1]
         log_probs = torch.cat(found, 1)
         return log_probs if mask is None else log_probs.where(mask, 0.0)
+
+    def _read(self, prompt: Tensor, mask: Tensor | None, law: Tensor, state: State) -> tuple[Tensor, State]:
+        """The law of the next token ``[B, size]`` and the state after a prompt, from those before it."""
+        for part in pieces(prompt, self.size):
+            real = None if mask is None else mask[:, part]
+            laws, state = self.advance(prompt[:, part], state, real)
+            law = last_real(laws, law, real)
+        return law, state
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one token ``[B]`` more; returns as ``start`` does. The state that was given is used up."""
@@ -155,6 +162,12 @@ def check_prefix(prefix: Tensor, text: Tensor, size: int) -> None:
     check_text(prefix, None, size, "prefix")
     if len(prefix) != len(text):
         raise ValueError(f"prefix: expected {len(text)} rows, as of text, got {len(prefix)}")
+
+
+def pieces(text: Tensor, numbers: int) -> list[slice]:
+    """Where to cut texts ``[B, L]`` that are read with this many numbers held for each token."""
+    length = max(1, min(PIECE, ROOM // max(1, len(text) * numbers)))
+    return [slice(i, i + length) for i in range(0, text.shape[1], length)]
 
 
 def last_real(log_probs: Tensor, first: Tensor, mask: Tensor | None) -> Tensor:

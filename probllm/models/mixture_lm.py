@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from probllm.math.kernels import log_linear as kernels
 from probllm.math.kernels.threads import run_shares
-from probllm.models.language_model import PIECE, ROOM, LanguageModel, check_text, last_real
+from probllm.models.language_model import LanguageModel, check_text, pieces
 
 RATE, SLOWING = 0.01, 100.0  # steps of the weights: RATE / sqrt(1 + n / SLOWING) where n tokens have been seen
 
@@ -68,28 +68,32 @@ class MixtureLM(LanguageModel):
         self.seen.zero_()
 
     @torch.no_grad()
-    def estimate(self, data: Any, batch_size: int = 64, passes: int = 1) -> list[dict[str, float]]:
+    def estimate(self, data: Any, passes: int = 1) -> list[dict[str, float]]:
         """Learn the weights from texts that none of the models was trained on, read one after another.
 
         Args:
-            data: examples with ``text``, and perhaps ``prefix``; ``data.batches`` as of ``probllm.data.Dataset``.
+            data: examples with ``text``, and perhaps ``prefix``, as ``probllm.data.Dataset`` holds them.
             passes: how often they are read.
         Returns:
             the ``loss`` of each pass, in nats a token, each token being scored before it is learned from.
+        Raises:
+            ValueError: for no data.
         """
+        if not len(data):
+            raise ValueError("data is empty: an estimate needs at least one text")
         self._forget()
-        shared = [x.cpu().unsqueeze(0) for x in (self.weights, self.seen)]  # learned in place, from text to text
+        learned = [x.cpu().unsqueeze(0) for x in (self.weights, self.seen)]  # moved in place, from text to text
         history = []
         for _ in range(passes):
             total, count = 0.0, 0
-            for batch in data.batches(batch_size=batch_size, shuffle=False):
-                text, mask = batch["text"], batch.get("mask")
-                law, state = self._start(batch.get("prefix", text[:, :0]), None, shared, RATE)
-                total -= float(self._scores(text, mask, law, state).sum())
-                count += text.numel() if mask is None else int(mask.sum())
+            for i in range(len(data)):
+                example = {key: value.unsqueeze(0) for key, value in data[i].items()}
+                prefix = example.get("prefix", example["text"][:, :0])
+                found = self._scores(example["text"], None, *self._start(prefix, None, learned, RATE))
+                total, count = total - float(found.sum()), count + found.numel()
             history.append({"loss": total / max(1, count)})
-        self.weights.copy_(shared[0][0])
-        self.seen.copy_(shared[1][0])
+        self.weights.copy_(learned[0][0])
+        self.seen.copy_(learned[1][0])
         return history
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, MixtureState]:
@@ -107,11 +111,7 @@ class MixtureLM(LanguageModel):
         tensors = [before, laws, law, *learned]
         kernels.begin(*(x.numpy() for x in tensors[:4]))
         state = MixtureState([state for _, state in read], tensors, rate)
-        first = law.to(prompt.device, copy=True)
-        if not prompt.shape[1]:
-            return first, state
-        found, state = self.advance(prompt, state, mask)
-        return last_real(found, first, mask), state
+        return self._read(prompt, mask, law.to(prompt.device, copy=True), state)  # type: ignore[return-value]
 
     def advance(self, tokens: Tensor, state: MixtureState, mask: Tensor | None = None) -> tuple[Tensor, MixtureState]:  # type: ignore[override]
         check_text(tokens, mask, self.size, "tokens")
@@ -120,9 +120,7 @@ class MixtureLM(LanguageModel):
         real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.cpu()
         found = torch.empty(batch, length, self.size, dtype=torch.float64)
         states = state.states
-        piece = max(1, min(PIECE, ROOM // max(1, batch * len(models) * self.size)))
-        for i in range(0, length, piece):
-            part = slice(i, i + piece)
+        for part in pieces(tokens, len(models) * self.size):
             read = [
                 model.advance(tokens[:, part], each, None if mask is None else mask[:, part])
                 for model, each in zip(models, states, strict=True)
@@ -134,9 +132,6 @@ class MixtureLM(LanguageModel):
                 tokens[:, part].cpu().numpy(), real[:, part].numpy(), laws.numpy(), state.rate, SLOWING,
                 *(x.numpy() for x in state.tensors), after.numpy(),
             )  # fmt: skip
-            if len(state.tensors[3]) == batch:
-                run_shares(kernels.read, arguments, batch, 30.0 * laws.numel())
-            else:  # weights that all texts share
-                kernels.read(*arguments, 0, 1)
+            run_shares(kernels.read, arguments, batch, 30.0 * laws.numel())
             found[:, part] = after
         return found.to(tokens.device), MixtureState(states, state.tensors, state.rate)

@@ -77,22 +77,20 @@ def read(tokens, real, laws, rate, slowing, before, last, law, weights, seen, fo
     """Reads tokens [B, L], where they are real: found [B, L, size] has the log of the mixture after each.
 
     laws [B, L, M, size]: those after each token. before [B]: the token before, last [B, M, size] the laws after it and
-    law [B, size] their mixture; weights [B, rows, M] and seen [B, rows], or [1, ...], which all texts share, one after
-    another: all of these move on. rate 0: the weights stay.
+    law [B, size] their mixture; weights [B, rows, M] and seen [B, rows]: all of these move on. rate 0: weights stay.
     """
     count, size = last.shape[1:]
     rows, room = np.empty(3, np.int64), np.empty(count)
     for b in range(first, tokens.shape[0], step):
-        own = b % len(weights)
         for t in range(tokens.shape[1]):
             if real[b, t]:
                 if rate > 0:
                     rows_of(last[b], before[b], size, rows)
-                    learn(tokens[b, t], last[b], law[b], rows, rate, slowing, weights[own], seen[own], room)
+                    learn(tokens[b, t], last[b], law[b], rows, rate, slowing, weights[b], seen[b], room)
                 before[b] = tokens[b, t]
                 last[b] = laws[b, t]
                 rows_of(last[b], before[b], size, rows)
-                mixed(last[b], rows, weights[own], room, law[b])
+                mixed(last[b], rows, weights[b], room, law[b])
             found[b, t] = law[b]
 
 
@@ -103,4 +101,4 @@ def begin(before, laws, law, weights):  # type: ignore[no-untyped-def]
     rows, room = np.empty(3, np.int64), np.empty(count)
     for b in range(len(before)):
         rows_of(laws[b], before[b], size, rows)
-        mixed(laws[b], rows, weights[b % len(weights)], room, law[b])
+        mixed(laws[b], rows, weights[b], room, law[b])
