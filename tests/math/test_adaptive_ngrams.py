@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from probllm.math.adaptive_ngrams import PIECE, CountTree, Reader, count_tree
@@ -44,6 +44,7 @@ def recounted(strings: list[list[int]], history: list[int], order: int, discount
 
 
 @given(corpora, texts, st.integers(1, 5))
+@example([[0], [1]], [0, 0, 0], 3)  # in a run of one token a history is its own child
 def test_each_law_is_a_recount_of_all_that_was_before(corpus: list[list[int]], text: list[int], order: int) -> None:
     tree = count_tree(corpus, SIZE, order)
     reader = Reader(tree)

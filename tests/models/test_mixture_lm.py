@@ -151,8 +151,29 @@ def test_padding_is_not_read(adaptive: bool) -> None:
     masks = torch.tensor([[False, True, True], [True, True, False], [True, False, True]])
     padded, state = model.start(torch.tensor([[2, 0, 1], [0, 1, 2], [0, 2, 1]]), masks)
     torch.testing.assert_close(padded, bare.expand(3, -1), rtol=1e-5, atol=1e-5)
+    empty, _ = model.start(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[False, False], [True, True]]))
+    torch.testing.assert_close(empty[:1], model.start(torch.zeros(1, 0, dtype=torch.long))[0])
     after, _ = model.step(torch.tensor([2, 2, 2]), state)
     torch.testing.assert_close(after, model.start(torch.tensor([[0, 1, 2]]))[0].expand(3, -1), rtol=1e-5, atol=1e-5)
+
+
+class Certain(LanguageModel):
+    """Never says token 2."""
+
+    size = SIZE
+
+    def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.tensor([0.5, 0.5, 0.0]).log().expand(len(prompt), -1), None
+
+    def advance(self, tokens: Tensor, state: None, mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.tensor([0.5, 0.5, 0.0]).log().expand(*tokens.shape, -1), None
+
+
+def test_what_a_model_thinks_impossible_stays_a_number() -> None:
+    model = MixtureLM([NGramModel(SIZE), Certain()])
+    assert float(model.log_prob({"text": EVERY}).exp().sum()) == pytest.approx(1.0)
+    model.weights[0] = torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(model.start(TEXT[:, :0])[0], torch.full((2, 3), 1 / 3).double().log())
 
 
 def test_a_long_text_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
