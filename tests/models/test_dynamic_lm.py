@@ -100,6 +100,8 @@ def test_reading_in_pieces_gives_the_score_of_each_token() -> None:
     padded, _ = model.start(torch.tensor([[2, 0, 1, 2], [0, 1, 2, 2]]), torch.tensor([[False, True, True, True]] * 2))
     bare, _ = model.start(torch.tensor([[0, 1, 2], [1, 2, 2]]))
     torch.testing.assert_close(padded, bare)
+    empty, _ = model.start(TEXTS[0]["text"].expand(2, -1), torch.tensor([[False] * 5, [True] * 5]))
+    torch.testing.assert_close(empty[:1], model.start(text[:1, :0])[0])
     with torch.no_grad():
         exact = generate(model, text[:1, :3], 2, Beam(9), n=9)
     pairs = torch.tensor(list(itertools.product(range(SIZE), repeat=2)))
