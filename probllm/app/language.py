@@ -78,9 +78,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> Outcome:
     speed: dict[str, float] = {}
     for key in order:
         known[key] = CANDIDATES[key].learn(task, training, known)
-        before = torch.cat([task.train, task.dev])
         begun = time.perf_counter()
-        nats[key] = token_nats(known[key].model, task.test, before, size_of(training))
+        nats[key] = token_nats(known[key], task, size_of(training))
         speed[key] = len(task.test) / (time.perf_counter() - begun)
         say(f"{CANDIDATES[key].name}: {nats[key].mean():.3f} nats/char, trained in {known[key].train_seconds:.1f} s")
     shutil.rmtree(folder, ignore_errors=True)  # nothing is left to resume: the same command starts anew

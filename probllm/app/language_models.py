@@ -1,9 +1,10 @@
-"""The language models that the comparison sets side by side: counts, an LSTM, a Transformer, and their mixture."""
+"""The language models that the comparison sets side by side: counts, an LSTM, a Transformer, and mixtures of them, as
+they were trained or going on learning while they read."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from probllm.data import Dataset, Windows
-from probllm.models import CausalLM, LanguageModel, MixtureLM, NGramModel
+from probllm.models import AdaptiveNGram, CausalLM, DynamicLM, LanguageModel, MixtureLM, NGramModel
+from probllm.models.model import Batch
 from probllm.nn import RecurrentDecoder, TransformerDecoder
 from probllm.nn.decoder import Decoder
 from probllm.training import Run, fit
 
 ORDERS = (3, 4, 5, 6, 7, 8, 10)  # among which the dev text chooses
+ADAPTIVE = ((3, False), (6, False), (16, False), (5, True))  # orders, and whether this text alone is counted
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Learned:
     parameters: int
     run: Run | None = None
     note: str = ""
+    learns: bool = False  # while it reads: it is judged in one go, behind the text to choose by
 
 
 class Size(NamedTuple):
@@ -130,15 +134,43 @@ def mixed(counts: str, network: str) -> Callable[[Task, Training, dict[str, Lear
 
     def learn(task: Task, training: Training, known: dict[str, Learned]) -> Learned:
         begun = time.perf_counter()
-        ngram = known[counts].model
-        assert isinstance(ngram, NGramModel)
-        model = MixtureLM(ngram, [known[network].model])
+        parts = [known[counts], known[network]]
+        model = MixtureLM([part.model for part in parts], learns=False)
         model.estimate(judging(task.dev, task.train, size_of(training)))
         model.eval()
-        seconds = time.perf_counter() - begun + known[counts].train_seconds + known[network].train_seconds
-        shares = model.token_shares(judging(task.dev, task.train, size_of(training)))
-        note = f"the n-gram model has {shares[0]:.0%} of the weight, averaged over the dev text"
-        return Learned(model, seconds, known[counts].parameters + known[network].parameters, None, note)
+        seconds = time.perf_counter() - begun + sum(part.train_seconds for part in parts)
+        return Learned(model, seconds, sum(part.parameters for part in parts))
+
+    return learn
+
+
+def adaptive(network: str | None) -> Callable[[Task, Training, dict[str, Learned]], Learned]:
+    """Counts of several orders that go on counting, and a network that was learned before and goes on training, in a
+    mixture whose weights go on learning too."""
+
+    def learn(task: Task, training: Training, known: dict[str, Learned]) -> Learned:
+        begun = time.perf_counter()
+        learning = Dataset([{"text": task.train}])
+        models: list[LanguageModel] = []
+        parameters = 0
+        for order, cache in ADAPTIVE:
+            counted = AdaptiveNGram(len(task.vocabulary), order, cache)
+            counted.estimate(learning)
+            models.append(counted)
+            parameters += len(counted.tree_counts)
+        seconds = 0.0
+        if network is not None:
+            trained, size = known[network], size_of(training)
+            assert isinstance(trained.model, CausalLM)
+            half = max(1, size.window // 2)
+            dynamic = DynamicLM(trained.model, half, size.window - half)
+            dynamic.estimate(Windows(task.train, size.window))
+            models.append(dynamic)
+            parameters, seconds = parameters + trained.parameters, trained.train_seconds
+        model = MixtureLM(models)
+        model.estimate(Dataset([{"text": task.dev}]))
+        model.eval()
+        return Learned(model, seconds + time.perf_counter() - begun, parameters, learns=True)
 
     return learn
 
@@ -161,6 +193,11 @@ CANDIDATES = {
         "n-gram + Transformer", "mixed exactly, weights from the dev text", mixed("n-gram", "transformer"),
         ("n-gram", "transformer"),
     ),
+    "adaptive": Candidate("n-grams that learn", "four kinds of counts that go on counting", adaptive(None)),
+    "adaptive-mixture": Candidate(
+        "n-grams + Transformer that learn", "all go on learning as they read", adaptive("transformer"),
+        ("transformer",),
+    ),
 }  # fmt: skip
 
 
@@ -175,11 +212,13 @@ def judging(text: Tensor, before: Tensor, size: Size) -> Windows:
 
 
 @torch.no_grad()
-def token_nats(model: LanguageModel, text: Tensor, before: Tensor, size: Size) -> np.ndarray:
-    """Minus the log probability of each token of a text that goes on from another, ``[N]``, in nats."""
-    found = [
-        model.token_log_probs(batch).double().flatten()
-        for batch in judging(text, before, size).batches(batch_size=64, shuffle=False)
-    ]
-    nats: np.ndarray = -torch.cat(found)[-len(text) :].numpy()
+def token_nats(learned: Learned, task: Task, size: Size) -> np.ndarray:
+    """Minus the log probability of each token of the test text, which goes on from the others, ``[N]``, in nats."""
+    if learned.learns:
+        batches: Iterable[Batch] = [{"text": task.test.unsqueeze(0), "prefix": task.dev.unsqueeze(0)}]
+    else:
+        before = torch.cat([task.train, task.dev])
+        batches = judging(task.test, before, size).batches(batch_size=64, shuffle=False)
+    found = [learned.model.token_log_probs(batch).double().flatten() for batch in batches]
+    nats: np.ndarray = -torch.cat(found)[-len(task.test) :].numpy()
     return nats

@@ -118,22 +118,12 @@ def smoothed(
         ValueError: for an order below 1, no strings, tokens out of range, another smoothing, or a k that is not above
             0.
     """
-    if order < 1:
-        raise ValueError(f"order: expected at least 1, got {order}")
     if smoothing not in ("kneser-ney", "witten-bell", "additive"):
         raise ValueError(f"smoothing: expected 'kneser-ney', 'witten-bell' or 'additive', got {smoothing!r}")
     if not 0 < k < np.inf:
         raise ValueError(f"k: expected a number above 0, got {k}")
-    counts = _count(strings, size, order, ends)
+    counts, used = count(strings, size, order, smoothing == "kneser-ney", ends)
     levels, vocabulary = counts.levels, size + 1 if ends else size
-    used = counts.occurrences.copy()
-    if smoothing == "kneser-ney":
-        for n in range(1, order):
-            low, high = levels[n], levels[n + 1]
-            different = np.bincount(counts.suffix[levels[n + 1] : levels[n + 2]] - low, minlength=high - low)
-            used[low:high] = np.where(counts.starts[low:high], used[low:high], different)
-    # the beginning is given, never predicted
-    used[counts.token == size] = 0
     if smoothing == "additive":
         logs, backoffs = _additive(counts, used, size, vocabulary, k)
     else:
@@ -142,7 +132,7 @@ def smoothed(
     return NGrams(size, order, children, counts.token, logs, backoffs, counts.suffix)
 
 
-class _Counts(NamedTuple):
+class Counts(NamedTuple):
     """The nodes of a tree of n-grams, level by level: those of n tokens are ``levels[n]`` to ``levels[n + 1] - 1``."""
 
     parent: Array
@@ -153,7 +143,27 @@ class _Counts(NamedTuple):
     levels: list[int]
 
 
-def _count(strings: Sequence[Sequence[int] | Array], size: int, order: int, ends: bool) -> _Counts:
+def count(
+    strings: Sequence[Sequence[int] | Array], size: int, order: int, different: bool = True, ends: bool = False
+) -> tuple[Counts, Array]:
+    """The n-grams of strings, and the count of each that smoothing uses, ``[nodes]``: occurrences, or below the highest
+    order, where ``different``, the different tokens before it, as Kneser-Ney wants; 0 for the beginning. Arguments and
+    errors as of ``smoothed``."""
+    if order < 1:
+        raise ValueError(f"order: expected at least 1, got {order}")
+    counts = _count(strings, size, order, ends)
+    levels, used = counts.levels, counts.occurrences.copy()
+    if different:
+        for n in range(1, order):
+            low, high = levels[n], levels[n + 1]
+            before = np.bincount(counts.suffix[levels[n + 1] : levels[n + 2]] - low, minlength=high - low)
+            used[low:high] = np.where(counts.starts[low:high], used[low:high], before)
+    # the beginning is given, never predicted
+    used[counts.token == size] = 0
+    return counts, used
+
+
+def _count(strings: Sequence[Sequence[int] | Array], size: int, order: int, ends: bool) -> Counts:
     if not strings:
         raise ValueError("strings: expected at least one")
     close = [size + 1] if ends else []
@@ -193,12 +203,10 @@ def _count(strings: Sequence[Sequence[int] | Array], size: int, order: int, ends
     for k in range(1, order + 1):
         low, high = levels[k], levels[k + 1]
         starts[low:high] = (token[low:high] == size) if k == 1 else starts[parent[low:high]]
-    return _Counts(parent, token, suffix, count, starts, levels)
+    return Counts(parent, token, suffix, count, starts, levels)
 
 
-def _interpolated(
-    counts: _Counts, used: Array, size: int, vocabulary: int, smoothing: Smoothing
-) -> tuple[Array, Array]:
+def _interpolated(counts: Counts, used: Array, size: int, vocabulary: int, smoothing: Smoothing) -> tuple[Array, Array]:
     """Log probabilities of the last tokens and log back-off weights, order by order."""
     levels, token = counts.levels, counts.token
     probability, left = np.ones(levels[-1]), np.ones(levels[-1])
@@ -207,7 +215,7 @@ def _interpolated(
         c = used[low:high].astype(float)
         history = counts.parent[low:high] - before
         if smoothing == "kneser-ney":
-            discount = _discounts(c)[np.minimum(c, 3).astype(int)]
+            discount = discounts_of(c)[np.minimum(c, 3).astype(int)]
             total = np.bincount(history, c, minlength=low - before)
             taken = np.bincount(history, discount, minlength=low - before)
         else:
@@ -225,7 +233,7 @@ def _interpolated(
         return np.log(probability), np.log(left)
 
 
-def _additive(counts: _Counts, used: Array, size: int, vocabulary: int, k: float) -> tuple[Array, Array]:
+def _additive(counts: Counts, used: Array, size: int, vocabulary: int, k: float) -> tuple[Array, Array]:
     """The same of additive smoothing: histories that are not whole, and unknown ones, give uniform probabilities."""
     levels = counts.levels
     order = len(levels) - 2
@@ -243,7 +251,7 @@ def _additive(counts: _Counts, used: Array, size: int, vocabulary: int, k: float
     return logs, left
 
 
-def _discounts(counts: Array) -> Array:
+def discounts_of(counts: Array) -> Array:
     """What is taken from counts of 0, 1, 2, and 3 or more."""
     n = [float((counts == k).sum()) for k in range(5)]
     if not n[1] or not n[2]:

@@ -1,9 +1,11 @@
 """Models: an encoder, potentials and a law, as a Pyro program with the same verbs everywhere; one file a model."""
 
+from probllm.models.adaptive_ngram import AdaptiveNGram
 from probllm.models.causal_lm import CausalLM
 from probllm.models.crf_tagger import CRFTagger
 from probllm.models.ctc_transducer import CTCTransducer
 from probllm.models.dependency_parser import DependencyParser
+from probllm.models.dynamic_lm import DynamicLM
 from probllm.models.gaussian_emissions import GaussianEmissions, MixtureEmissions
 from probllm.models.head_selection_parser import HeadSelectionParser
 from probllm.models.hmm import HMM
@@ -23,11 +25,13 @@ from probllm.models.softmax_tagger import SoftmaxTagger
 __all__ = [
     "HMM",
     "HSMM",
+    "AdaptiveNGram",
     "CRFTagger",
     "CTCTransducer",
     "CategoricalEmissions",
     "CausalLM",
     "DependencyParser",
+    "DynamicLM",
     "Emissions",
     "GaussianEmissions",
     "HMMTagger",

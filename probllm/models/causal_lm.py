@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probllm.models.language_model import LanguageModel, check_prefix, check_text
+from probllm.models.language_model import LanguageModel, check_prefix, check_text, last_real
 from probllm.models.model import Batch
 from probllm.nn.decoder import Decoder
 from probllm.nn.embeddings import WordEmbedding
@@ -99,16 +99,15 @@ class CausalLM(LanguageModel):
             if bool(mask.all()):
                 mask = None
         states = self.decoder(torch.cat([begin, prompt], 1), cache=cache, mask=mask)
-        last = states[:, -1]
-        if mask is not None:  # the last real position of each row
-            places = torch.arange(mask.shape[1], device=mask.device).where(mask, -1).amax(-1)
-            last = states[torch.arange(len(states), device=states.device), places]
+        last = last_real(states, states[:, 0], mask)
         return self._next(last), CausalState(cache, states[:, 1:])
 
-    def step(self, tokens: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:  # type: ignore[override]
-        check_text(tokens[:, None], None, self.size, "tokens")
-        states = self.decoder(tokens[:, None], cache=state.cache)
-        return self._next(states[:, -1]), CausalState(state.cache, states)
+    def advance(self, tokens: Tensor, state: CausalState, mask: Tensor | None = None) -> tuple[Tensor, CausalState]:  # type: ignore[override]
+        check_text(tokens, mask, self.size, "tokens")
+        if mask is not None and bool(mask.all()):
+            mask = None
+        states = self.decoder(tokens if mask is None else tokens.where(mask, 0), cache=state.cache, mask=mask)
+        return self._next(states), CausalState(state.cache, states)
 
     def _next(self, states: Tensor) -> Tensor:
         return self.logits(states).float().log_softmax(-1)

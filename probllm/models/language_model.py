@@ -6,8 +6,9 @@ Given the lengths in ``mask`` the texts of a length sum to 1; a text that is mis
 the text, and are read but not predicted, may be given as ``prefix`` ``[B, P]``: a prompt, or the end of the window
 before.
 
-A model tells ``token_log_probs`` of whole texts, and goes through a text step by step: ``start`` reads a prompt and
-``step`` one token more, both giving the log probabilities of the next. ``decoding.generate`` asks for nothing else.
+A model goes through a text piece by piece: ``start`` reads a prompt and ``advance`` some tokens more, giving the log
+probabilities of the next; ``decoding.generate`` asks for nothing else. A model that learns while it reads keeps in its
+state what it learned from this text, and starts anew with the next.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from probllm.distributions.autoregressive import Autoregressive
 from probllm.math.masks import lengths_from_mask
 from probllm.models.model import Batch, Model
 
+PIECE = 256  # tokens that are read at once
+ROOM = 1 << 24  # numbers that are held at once, where this takes shorter pieces
+
 
 class LanguageModel(Model):
-    """A law over texts: subclass it, set ``size``, and write ``token_log_probs``, ``start`` and ``step``."""
+    """A law over texts: subclass it, set ``size``, and write ``start`` and ``advance``, and ``token_log_probs`` where
+    that is faster."""
 
     size: int
 
     # What a subclass gives.
-
-    def token_log_probs(self, batch: Batch) -> Tensor:
-        """Log probability of each token given those before it, ``[B, L]``, in nats; 0 on padding."""
-        raise NotImplementedError(f"{type(self).__name__} has no token_log_probs")
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """Read prompts ``[B, L]``, L from 0; ``mask`` is False on padding, which may stand on either side.
@@ -40,11 +41,50 @@ class LanguageModel(Model):
         Returns:
             log probabilities of the next token, ``[B, size]``, in nats, and the state to go on from.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be read step by step")
+        raise NotImplementedError(f"{type(self).__name__} cannot be read piece by piece")
+
+    def advance(self, tokens: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read ``[B, L]`` tokens more, where ``mask`` is True. The state that was given is used up.
+
+        Returns:
+            log probabilities of the next token after each, ``[B, L, size]``, unspecified on padding; and the state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be read piece by piece")
+
+    def token_log_probs(self, batch: Batch) -> Tensor:
+        """Log probability of each token given those before it, ``[B, L]``, in nats; 0 on padding."""
+        text, mask, prefix = batch["text"], batch.get("mask"), batch.get("prefix")
+        check_text(text, mask, self.size)
+        if prefix is not None:
+            check_prefix(prefix, text, self.size)
+        return self._scores(text, mask, *self.start(text[:, :0] if prefix is None else prefix))
+
+    def _scores(self, text: Tensor, mask: Tensor | None, law: Tensor, state: State) -> Tensor:
+        """Log probability of each token of a text, from the first one's law ``[B, size]`` and the state there."""
+        if mask is not None:
+            text = text.where(mask, 0)
+        found = [law.new_zeros(len(text), 0)]
+        for part in pieces(text, self.size):
+            tokens = text[:, part]
+            laws, state = self.advance(tokens, state, None if mask is None else mask[:, part])
+            before = torch.cat([law.unsqueeze(1), laws[:, :-1]], 1)
+            found.append(before.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+            law = laws[:, -1]
+        log_probs = torch.cat(found, 1)
+        return log_probs if mask is None else log_probs.where(mask, 0.0)
+
+    def _read(self, prompt: Tensor, mask: Tensor | None, law: Tensor, state: State) -> tuple[Tensor, State]:
+        """The law of the next token ``[B, size]`` and the state after a prompt, from those before it."""
+        for part in pieces(prompt, self.size):
+            real = None if mask is None else mask[:, part]
+            laws, state = self.advance(prompt[:, part], state, real)
+            law = last_real(laws, law, real)
+        return law, state
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one token ``[B]`` more; returns as ``start`` does. The state that was given is used up."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be read step by step")
+        log_probs, state = self.advance(tokens[:, None], state)
+        return log_probs[:, 0], state
 
     # The Pyro program and the verbs.
 
@@ -122,3 +162,19 @@ def check_prefix(prefix: Tensor, text: Tensor, size: int) -> None:
     check_text(prefix, None, size, "prefix")
     if len(prefix) != len(text):
         raise ValueError(f"prefix: expected {len(text)} rows, as of text, got {len(prefix)}")
+
+
+def pieces(text: Tensor, numbers: int) -> list[slice]:
+    """Where to cut texts ``[B, L]`` that are read with this many numbers held for each token."""
+    length = max(1, min(PIECE, ROOM // max(1, len(text) * numbers)))
+    return [slice(i, i + length) for i in range(0, text.shape[1], length)]
+
+
+def last_real(log_probs: Tensor, first: Tensor, mask: Tensor | None) -> Tensor:
+    """Of log probabilities after each token ``[B, L, size]`` those after the last real one of each row; ``first``
+    ``[B, size]`` where there is none."""
+    if mask is None:
+        return log_probs[:, -1]
+    last = torch.arange(mask.shape[1], device=mask.device).where(mask, -1).amax(-1)
+    found = log_probs[torch.arange(len(mask), device=mask.device), last]
+    return found.where((last >= 0).unsqueeze(1), first)

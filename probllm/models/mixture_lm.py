@@ -1,8 +1,12 @@
-"""Language models mixed exactly, token by token, with weights that depend on how much the n-gram model knows.
+"""Language models mixed exactly, token by token, with weights that go on learning while the text is read.
 
-    p(x_t | before) = sum_m w_m(c_t) p_m(x_t | before),         c_t: the class of the n-gram model's history at t
+    p(x_t | before) = prod_m p_m(x_t | before)^w_m / Z(before),       w = w_all + w_token(x_{t-1}) + w_sure(before)
 
-The weights come from held-out text by EM (Jelinek and Mercer 1980): of each class, drawn towards those of all.
+A log-linear mixture: a model that is sure counts for more than in a sum of probabilities, and one that adds nothing to
+the others gets weight 0. Z sums over all tokens. The weights have a part for all places, one of the token before and
+one of how sure the surest model is. They follow the gradient of log p(x_t) as each token is read (Hinton 1999, products
+of experts; Mahoney 2005, mixing in the logistic domain), so that a model that suits this text gains weight within it:
+each probability depends on the tokens before it alone, and the texts of a length sum to 1.
 """
 
 from __future__ import annotations
@@ -13,105 +17,121 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probllm.models.language_model import LanguageModel
-from probllm.models.model import Batch
-from probllm.models.ngram_model import NGramModel
+from probllm.math.kernels import log_linear as kernels
+from probllm.math.kernels.threads import run_shares
+from probllm.models.language_model import LanguageModel, check_text, pieces
 
-PRIOR = 20.0  # tokens' worth of the common weights in each class
+RATE, SLOWING = 0.01, 100.0  # steps of the weights: RATE / sqrt(1 + n / SLOWING) where n tokens have been seen
 
 
 class MixtureState:
-    """What each of the models has read."""
+    """What each of the models has read, and what the mixture has learned since."""
 
-    def __init__(self, states: list[Any]) -> None:
-        self.states = states
+    def __init__(self, states: list[Any], tensors: list[Tensor], rate: float) -> None:
+        # tensors: the token before [B], the models' laws [B, M, size], their mixture [B, size], the weights
+        # [B, rows, M], and how many tokens each row of weights has seen [B, rows]
+        self.states, self.tensors, self.rate = states, tensors, rate
 
     def select(self, rows: Tensor) -> MixtureState:
         """That of these rows; this state is used up."""
-        return MixtureState([state.select(rows) for state in self.states])
+        states = [state.select(rows) for state in self.states]
+        return MixtureState(states, [x[rows.cpu()] for x in self.tensors], self.rate)
 
 
 class MixtureLM(LanguageModel):
-    """A mixture of an n-gram model and other language models of the same tokens.
+    """A mixture of language models of the same tokens: of counts and networks, fixed or learning as they read.
 
     ``estimate`` sets the weights; the models stay as they are, and are saved along.
 
     Args:
-        ngram: whose history says which weights hold.
-        others: neural models, or n-gram models of another kind.
+        models: what is mixed.
+        learns: whether the weights go on learning while a text is read; every text starts from those of ``estimate``.
+    Before it is estimated all weights are 1 / M.
     """
 
-    def __init__(self, ngram: NGramModel, others: Sequence[LanguageModel]) -> None:
+    def __init__(self, models: Sequence[LanguageModel], learns: bool = True) -> None:
         super().__init__()
-        if not others:
-            raise ValueError("others: expected at least one model to mix in, got none")
-        for i, model in enumerate(others):
-            if model.size != ngram.size:
-                raise ValueError(f"others[{i}] has {model.size} tokens; expected {ngram.size}, as the n-gram model")
-        self.ngram, self.others, self.size = ngram, nn.ModuleList(others), ngram.size
-        count = 1 + len(others)
-        self.register_buffer("weights", torch.full((3 * (ngram.order + 1), count), 1 / count, dtype=torch.float64))
+        if not models:
+            raise ValueError("models: expected at least one model to mix, got none")
+        for i, model in enumerate(models):
+            if model.size != models[0].size:
+                raise ValueError(f"models[{i}] has {model.size} tokens; expected {models[0].size}, as models[0]")
+        self.models, self.size, self.learns = nn.ModuleList(models), models[0].size, learns
+        rows = 2 + self.size + kernels.LEVELS
+        self.register_buffer("weights", torch.zeros(rows, len(models), dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(rows, dtype=torch.float64))
+        self._forget()
 
-    def estimate(self, data: Any, iterations: int = 50, batch_size: int = 64) -> list[dict[str, float]]:
-        """Set the weights by EM on texts that none of the models was trained on.
-
-        Args:
-            data: examples with ``text``, and perhaps ``prefix``; ``data.batches`` as of ``probllm.data.Dataset``.
-        Returns:
-            the ``loss`` of each iteration, in nats a token.
-        """
-        classes, scores = [], []
-        with torch.no_grad():
-            for batch in data.batches(batch_size=batch_size, shuffle=False):
-                of_models, of_tokens = self._scored(batch)
-                mask = batch["mask"] if "mask" in batch else torch.ones_like(batch["text"], dtype=torch.bool)
-                scores.append(of_models[mask])
-                classes.append(of_tokens[mask])
-        log_probs, index = torch.cat(scores), torch.cat(classes)
-        common = self.weights.new_full((log_probs.shape[1],), 1 / log_probs.shape[1])
-        for _ in range(iterations):
-            common = (common.log() + log_probs).softmax(-1).mean(0)
-        history = []
-        self.weights.copy_(common.expand_as(self.weights))
-        for _ in range(iterations):
-            joint = self.weights[index].log() + log_probs
-            history.append({"loss": -float(joint.logsumexp(-1).mean())})
-            sums = (PRIOR * common).repeat(len(self.weights), 1).index_add_(0, index, joint.softmax(-1))
-            self.weights.copy_(sums / sums.sum(-1, keepdim=True))
-        return history
+    def _forget(self) -> None:
+        self.weights.zero_()
+        self.weights[0] = 1 / len(self.models)
+        self.seen.zero_()
 
     @torch.no_grad()
-    def token_shares(self, data: Any, batch_size: int = 64) -> Tensor:
-        """The weight of each model ``[M]``, averaged over the tokens of some texts."""
-        found = torch.zeros_like(self.weights[0])
-        count = 0
-        for batch in data.batches(batch_size=batch_size, shuffle=False):
-            weights = self.weights[self.ngram.confidence(self.ngram.histories(batch))]
-            weights = weights[batch["mask"]] if "mask" in batch else weights.flatten(0, 1)
-            found, count = found + weights.sum(0), count + len(weights)
-        return found / count
+    def estimate(self, data: Any, passes: int = 1) -> list[dict[str, float]]:
+        """Learn the weights from texts that none of the models was trained on, read one after another.
 
-    def token_log_probs(self, batch: Batch) -> Tensor:
-        """Log probability of each token given those before it, ``[B, L]`` in float64, in nats; 0 on padding."""
-        log_probs, classes = self._scored(batch)
-        found: Tensor = (self.weights[classes].log() + log_probs).logsumexp(-1)
-        return found if "mask" not in batch else found.where(batch["mask"], 0.0)
-
-    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log probabilities under each model ``[B, L, M]`` in float64, and classes ``[B, L]``."""
-        models: list[Any] = [self.ngram, *self.others]
-        log_probs = torch.stack([model.token_log_probs(batch).double() for model in models], -1)
-        return log_probs, self.ngram.confidence(self.ngram.histories(batch))
+        Args:
+            data: examples with ``text``, and perhaps ``prefix``, as ``probllm.data.Dataset`` holds them.
+            passes: how often they are read.
+        Returns:
+            the ``loss`` of each pass, in nats a token, each token being scored before it is learned from.
+        Raises:
+            ValueError: for no data.
+        """
+        if not len(data):
+            raise ValueError("data is empty: an estimate needs at least one text")
+        self._forget()
+        learned = [x.cpu().unsqueeze(0) for x in (self.weights, self.seen)]  # moved in place, from text to text
+        history = []
+        for _ in range(passes):
+            total, count = 0.0, 0
+            for i in range(len(data)):
+                example = {key: value.unsqueeze(0) for key, value in data[i].items()}
+                prefix = example.get("prefix", example["text"][:, :0])
+                found = self._scores(example["text"], None, *self._start(prefix, None, learned, RATE))
+                total, count = total - float(found.sum()), count + found.numel()
+            history.append({"loss": total / max(1, count)})
+        self.weights.copy_(learned[0][0])
+        self.seen.copy_(learned[1][0])
+        return history
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, MixtureState]:
-        models: list[Any] = [self.ngram, *self.others]
-        return self._mixed([model.start(prompt, mask) for model in models])
+        check_text(prompt, mask, self.size, "prompt")
+        learned = [x.cpu().repeat(len(prompt), *[1] * x.dim()) for x in (self.weights, self.seen)]
+        return self._start(prompt, mask, learned, RATE if self.learns else 0.0)
 
-    def step(self, tokens: Tensor, state: MixtureState) -> tuple[Tensor, MixtureState]:  # type: ignore[override]
-        models: list[Any] = [self.ngram, *self.others]
-        return self._mixed([model.step(tokens, each) for model, each in zip(models, state.states, strict=True)])
+    def _start(
+        self, prompt: Tensor, mask: Tensor | None, learned: list[Tensor], rate: float
+    ) -> tuple[Tensor, MixtureState]:
+        models: list[Any] = list(self.models)
+        read = [model.start(prompt[:, :0]) for model in models]
+        laws = torch.stack([law.detach().double().cpu() for law, _ in read], 1).contiguous()
+        before, law = torch.full((len(prompt),), self.size), torch.empty(len(prompt), self.size, dtype=torch.float64)
+        tensors = [before, laws, law, *learned]
+        kernels.begin(*(x.numpy() for x in tensors[:4]))
+        state = MixtureState([state for _, state in read], tensors, rate)
+        return self._read(prompt, mask, law.to(prompt.device, copy=True), state)  # type: ignore[return-value]
 
-    def _mixed(self, read: list[tuple[Tensor, Any]]) -> tuple[Tensor, MixtureState]:
-        weights = self.weights[self.ngram.confidence(read[0][1].nodes)]
-        found = torch.stack([log_probs.double() for log_probs, _ in read], -1) + weights.log().unsqueeze(1)
-        return found.logsumexp(-1), MixtureState([state for _, state in read])
+    def advance(self, tokens: Tensor, state: MixtureState, mask: Tensor | None = None) -> tuple[Tensor, MixtureState]:  # type: ignore[override]
+        check_text(tokens, mask, self.size, "tokens")
+        batch, length = tokens.shape
+        models: list[Any] = list(self.models)
+        real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.cpu()
+        found = torch.empty(batch, length, self.size, dtype=torch.float64)
+        states = state.states
+        for part in pieces(tokens, len(models) * self.size):
+            read = [
+                model.advance(tokens[:, part], each, None if mask is None else mask[:, part])
+                for model, each in zip(models, states, strict=True)
+            ]
+            laws = torch.stack([law.detach().double().cpu() for law, _ in read], 2)
+            states = [each for _, each in read]
+            after = torch.empty(batch, laws.shape[1], self.size, dtype=torch.float64)
+            arguments = (
+                tokens[:, part].cpu().numpy(), real[:, part].numpy(), laws.numpy(), state.rate, SLOWING,
+                *(x.numpy() for x in state.tensors), after.numpy(),
+            )  # fmt: skip
+            run_shares(kernels.read, arguments, batch, 30.0 * laws.numel())
+            found[:, part] = after
+        return found.to(tokens.device), MixtureState(states, state.tensors, state.rate)

@@ -119,20 +119,26 @@ class NGramModel(LanguageModel):
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, NGramState]:
         check_text(prompt, mask, self.size, "prompt")
         ngrams = self.ngrams
-        nodes = np.full(len(prompt), ngrams.begin)
-        for t in range(prompt.shape[1]):
-            after = ngrams.follow(nodes, prompt[:, t].cpu().numpy())
-            nodes = after if mask is None else np.where(mask[:, t].cpu().numpy(), after, nodes)
-        return self._at(ngrams, nodes, prompt.device)
-
-    def step(self, tokens: Tensor, state: NGramState) -> tuple[Tensor, NGramState]:  # type: ignore[override]
-        check_text(tokens[:, None], None, self.size, "tokens")
-        ngrams = self.ngrams
-        return self._at(ngrams, ngrams.follow(state.nodes.cpu().numpy(), tokens.cpu().numpy()), tokens.device)
-
-    def _at(self, ngrams: NGrams, nodes: np.ndarray, device: torch.device) -> tuple[Tensor, NGramState]:
+        begin = torch.full((len(prompt),), ngrams.begin, device=prompt.device)
+        nodes = self._follow(ngrams, prompt, begin, mask)[:, -1]
         found = torch.from_numpy(ngrams.next_log_probs(nodes))
-        return found.to(device), NGramState(torch.from_numpy(nodes).to(device))
+        return found.to(prompt.device), NGramState(torch.from_numpy(nodes).to(prompt.device))
+
+    def advance(self, tokens: Tensor, state: NGramState, mask: Tensor | None = None) -> tuple[Tensor, NGramState]:  # type: ignore[override]
+        check_text(tokens, mask, self.size, "tokens")
+        ngrams = self.ngrams
+        nodes = self._follow(ngrams, tokens, state.nodes, mask)
+        found = torch.from_numpy(ngrams.next_log_probs(nodes[:, 1:].reshape(-1))).view(*tokens.shape, self.size)
+        return found.to(tokens.device), NGramState(torch.from_numpy(nodes[:, -1].copy()).to(tokens.device))
+
+    def _follow(self, ngrams: NGrams, tokens: Tensor, nodes: Tensor, mask: Tensor | None) -> np.ndarray:
+        """The nodes before and after each token, ``[B, L + 1]``."""
+        found = np.empty((len(tokens), tokens.shape[1] + 1), np.int64)
+        found[:, 0] = nodes.cpu().numpy()
+        for t in range(tokens.shape[1]):
+            after = ngrams.follow(found[:, t].copy(), tokens[:, t].cpu().numpy())
+            found[:, t + 1] = after if mask is None else np.where(mask[:, t].cpu().numpy(), after, found[:, t])
+        return found
 
     # Files of other toolkits.
 

@@ -9,7 +9,7 @@ import torch
 from probllm.app import comparison, language_models
 from probllm.app.comparison import InputError, Settings, number
 from probllm.app.language import read_task
-from probllm.app.language_models import CANDIDATES, Size, judging, token_nats
+from probllm.app.language_models import CANDIDATES, Learned, Size, Task, judging, token_nats
 from probllm.data import Dataset
 from probllm.evaluation import Estimate
 from probllm.models import NGramModel
@@ -43,6 +43,7 @@ def test_one_table_for_counts_networks_and_their_mixture(tiny, tmp_path, file):
     assert all(x > 0.3 for x in nats.values())
     assert nats["5-gram"] < 0.7
     assert nats["n-gram + Transformer"] <= min(nats["n-gram"], nats["Transformer"]) + 0.005
+    assert nats["n-grams + Transformer that learn"] <= nats["n-grams that learn"] + 0.005
     for row in outcome.rows:
         assert isinstance(row.values["nats/char"], Estimate)
         assert number(row.values["bits/char"]) == pytest.approx(nats[row.model] / math.log(2))
@@ -89,8 +90,11 @@ def test_every_token_of_the_test_text_is_scored_once_behind_what_was_before(coun
     assert len(seen) < count + TINY.window // 2
     model = NGramModel(7, 3)
     model.estimate(Dataset([{"text": before}]))
+    task = Task("", [""] * 7, before[:60], before[60:], test)
     expected = -model.token_log_probs({"text": whole.unsqueeze(0)})[0, 100:]
-    torch.testing.assert_close(torch.from_numpy(token_nats(model, test, before, TINY)), expected)
+    torch.testing.assert_close(torch.from_numpy(token_nats(Learned(model, 0.0, 0), task, TINY)), expected)
+    expected = -model.token_log_probs({"text": whole[60:].unsqueeze(0)})[0, 40:]
+    torch.testing.assert_close(torch.from_numpy(token_nats(Learned(model, 0.0, 0, learns=True), task, TINY)), expected)
 
 
 @pytest.mark.parametrize(

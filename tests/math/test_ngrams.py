@@ -40,7 +40,7 @@ def by_hand(strings: list[list[int]], order: int) -> dict[tuple[int, ...], float
     p: dict[tuple[int, ...], float] = {}
     for k in range(1, order + 1):
         predicted = {g: c for g, c in counts[k].items() if g[-1] != BEGIN}
-        discounts = ngrams._discounts(np.array(list(predicted.values()), dtype=float))
+        discounts = ngrams.discounts_of(np.array(list(predicted.values()), dtype=float))
         for gram, c in predicted.items():
             same = {g: n for g, n in predicted.items() if g[:-1] == gram[:-1]}
             total = sum(same.values())

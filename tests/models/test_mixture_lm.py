@@ -1,89 +1,187 @@
-"""Mixtures of language models: normalised, read step by step, and better than their parts on what they were set by."""
+"""Mixtures of language models: normalised, learned by the gradient as they read, and better than their parts."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from probllm.data import Dataset
 from probllm.decoding import Beam, generate
-from probllm.models import CausalLM, MixtureLM, NGramModel
+from probllm.models import AdaptiveNGram, CausalLM, DynamicLM, LanguageModel, MixtureLM, NGramModel
+from probllm.models.mixture_lm import RATE, SLOWING
 from probllm.nn import RecurrentDecoder, TransformerDecoder
 
 SIZE = 3
 TEXTS = [[0, 1, 2, 0, 1], [0, 1, 0], [2, 2, 1, 0], [1], [0, 1, 2, 0, 1, 2], [0, 1, 2]]
 EVERY = torch.tensor(list(itertools.product(range(SIZE), repeat=4)))
+TEXT = torch.tensor([[0, 1, 2, 2, 0, 1, 1], [1, 1, 0, 2, 2, 2, 0]])
 
 
 def texts() -> Dataset:
     return Dataset([{"text": torch.tensor(text)} for text in TEXTS])
 
 
-def mixed() -> MixtureLM:
+def parts(adaptive: bool) -> list[LanguageModel]:
     torch.manual_seed(0)
-    ngram = NGramModel(SIZE, 3)
-    ngram.estimate(texts()[:4])
+    counts = AdaptiveNGram(SIZE, 3) if adaptive else NGramModel(SIZE, 3)
+    counts.estimate(texts()[:4])
     transformer = CausalLM(TransformerDecoder(SIZE + 1, dim=8, layers=1, heads=2, dropout=0.0))
     lstm = CausalLM(RecurrentDecoder(SIZE + 1, hidden=8))
     for model in (transformer, lstm):
         for parameter in model.double().parameters():
             parameter.data.mul_(3.0)
-    return MixtureLM(ngram, [transformer, lstm]).eval()
+    return [counts, DynamicLM(transformer, 2, 3, rate=0.05) if adaptive else transformer, lstm]
 
 
-def test_texts_of_a_length_sum_to_one_before_and_after_the_weights_are_set() -> None:
-    model = mixed()
+def mixed(adaptive: bool = True) -> MixtureLM:
+    return MixtureLM(parts(adaptive), learns=adaptive).eval()
+
+
+def by_hand(model: MixtureLM, text: list[int], learns: bool, weights: Tensor, seen: Tensor) -> list[Tensor]:
+    """The laws before each token and after the last, the gradient being that of autograd; weights and seen move on."""
+    laws = []
+    read = [part.start(torch.zeros(1, 0, dtype=torch.long)) for part in model.models]
+    for t in range(len(text) + 1):
+        x = torch.stack([law[0].detach().double() for law, _ in read])
+        sure = 1 - float(x.max().exp())
+        level = sum(sure <= 0.5**k for k in range(1, 8))
+        rows = [0, 1 + (text[t - 1] if t else SIZE), 2 + SIZE + level]
+        w = weights[rows].sum(0).requires_grad_()
+        law = (w @ x).log_softmax(-1)
+        laws.append(law.detach())
+        if t == len(text):
+            return laws
+        if learns:
+            (g,) = torch.autograd.grad(law[text[t]], w)
+            paces = [RATE / math.sqrt(1 + float(seen[row]) / SLOWING) for row in rows]
+            for row, pace in zip(rows, paces, strict=True):
+                weights[row] += pace * g / (1 + sum(paces) * float(g @ g))
+                seen[row] += 1
+        read = [part.step(torch.tensor([text[t]]), each) for part, (_, each) in zip(model.models, read, strict=True)]
+    return laws
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@given(text=st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=10), seed=st.integers(0, 5))
+def test_each_law_is_the_normalised_product_and_the_weights_follow_the_gradient(
+    adaptive: bool, text: list[int], seed: int
+) -> None:
+    model = mixed(adaptive)
+    torch.manual_seed(seed)
+    model.weights.copy_(torch.randn_like(model.weights))
+    model.seen.copy_(100 * torch.rand_like(model.seen))
+    laws = by_hand(model, text, adaptive, model.weights.clone(), model.seen.clone())
+    first, state = model.start(torch.zeros(1, 0, dtype=torch.long))
+    after, _ = model.advance(torch.tensor([text]), state)
+    torch.testing.assert_close(torch.cat([first, after[0]]), torch.stack(laws), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_texts_of_a_length_sum_to_one_before_and_after_the_weights_are_set(adaptive: bool) -> None:
+    model = mixed(adaptive)
     for _ in range(2):
-        assert float(model.log_prob({"text": EVERY}).detach().exp().sum()) == pytest.approx(1.0)
+        assert float(model.log_prob({"text": EVERY}).exp().sum()) == pytest.approx(1.0)
         model.estimate(texts())
 
 
-def test_weights_by_em_lower_the_loss_below_that_of_each_model_alone() -> None:
+def test_weights_are_learned_from_one_text_after_another_and_lower_the_loss() -> None:
     model, data = mixed(), texts()
+    weights, seen = model.weights.clone(), model.seen.clone()
+    scores = []
+    for row in data.examples:
+        text = row["text"].tolist()
+        laws = by_hand(model, text, True, weights, seen)
+        scores += [float(law[token]) for law, token in zip(laws, text, strict=False)]
+    history = model.estimate(data)
+    assert history == [{"loss": pytest.approx(-sum(scores) / len(scores))}]
+    torch.testing.assert_close(model.weights, weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.seen, seen)
+    losses = [row["loss"] for row in model.estimate(data, passes=8)]
+    assert losses[-1] < losses[1] < losses[0] == history[0]["loss"], "an estimate begins anew"
     batch = Dataset.collate(data.examples)
-    history = [row["loss"] for row in model.estimate(data)]
     tokens = int(batch["mask"].sum())  # type: ignore[union-attr]
-    alone = [-float(part.token_log_probs(batch).sum()) / tokens for part in (model.ngram, *model.others)]
-    found = -float(model.token_log_probs(batch).sum()) / tokens
-    assert found <= history[0] + 1e-9
-    assert found < min(alone)
-    torch.testing.assert_close(model.weights.sum(-1), torch.ones(len(model.weights), dtype=torch.float64))
-    assert float(model.weights.std(0).max()) > 0.001, "the weights of all classes are the same"
+    alone = [-float(part.token_log_probs(batch).sum()) / tokens for part in model.models]
+    assert -float(model.token_log_probs(batch).sum()) / tokens < min(alone)
 
 
-def test_it_mixes_probabilities_with_the_weights_of_the_history() -> None:
-    model = mixed()
-    model.weights.copy_(torch.rand(model.weights.shape, generator=torch.Generator().manual_seed(1)).softmax(-1))
-    batch = {"text": torch.tensor([[0, 1, 2, 0]])}
-    parts = [part.token_log_probs(batch)[0].double().exp() for part in (model.ngram, *model.others)]
-    nodes = model.ngram.histories(batch)[0]
-    tree = model.ngram.ngrams
-    depths = [0 if int(node) == 0 else int(tree.depths()[node]) for node in nodes]
-    assert depths[0] == 1, "the beginning is a history of one token"
-    for t in range(4):
-        left = float(torch.from_numpy(tree.backoffs)[nodes[t]].exp())
-        weights = model.weights[3 * depths[t] + (left >= 0.1) + (left >= 0.4)]
-        expected = sum(float(w * part[t]) for w, part in zip(weights, parts, strict=True))
-        assert float(model.token_log_probs(batch)[0, t].exp()) == pytest.approx(expected)
-
-
-def test_reading_step_by_step_gives_the_score_of_each_token() -> None:
+def test_reading_leaves_the_weights_of_the_estimate_alone() -> None:
     model = mixed()
     model.estimate(texts())
-    text = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 2]])
-    expected = model.token_log_probs({"text": text})
-    log_probs, state = model.start(text[:, :1])
-    for t in range(1, 4):
+    weights, seen = model.weights.clone(), model.seen.clone()
+    found = model.token_log_probs({"text": TEXT})
+    assert torch.equal(model.weights, weights)
+    assert torch.equal(model.seen, seen)
+    assert torch.equal(model.token_log_probs({"text": TEXT[1:]})[0], found[1])
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_reading_step_by_step_gives_the_score_of_each_token(adaptive: bool) -> None:
+    model = mixed(adaptive)
+    model.estimate(texts())
+    expected = model.token_log_probs({"text": TEXT})
+    log_probs, state = model.start(TEXT[:, :1])
+    for t in range(1, 7):
         torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, dtype=torch.float64))
-        torch.testing.assert_close(log_probs.gather(1, text[:, t : t + 1]).squeeze(1), expected[:, t])
-        log_probs, state = model.step(text[:, t], state)
-    exact = generate(model, text[:, :2], 2, Beam(9), n=9)
+        found = log_probs.gather(1, TEXT[:, t : t + 1]).squeeze(1)
+        torch.testing.assert_close(found, expected[:, t], rtol=1e-5, atol=1e-5)
+        log_probs, state = model.step(TEXT[:, t], state)
+    exact = generate(model, TEXT[:, :2], 2, Beam(9), n=9)
     pairs = torch.tensor(list(itertools.product(range(SIZE), repeat=2)))
-    scores = model.log_prob({"text": pairs, "prefix": text[:1, :2].expand(9, -1)})
-    torch.testing.assert_close(exact.scores[0], scores.sort(descending=True).values)
+    scores = model.log_prob({"text": pairs, "prefix": TEXT[:1, :2].expand(9, -1)})
+    torch.testing.assert_close(exact.scores[0], scores.sort(descending=True).values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_padding_is_not_read(adaptive: bool) -> None:
+    model = mixed(adaptive)
+    model.estimate(texts())
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    found = model.token_log_probs({"text": TEXT.where(mask, 99), "mask": mask})
+    torch.testing.assert_close(found[:1], model.token_log_probs({"text": TEXT[:1]}), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1:, :4], model.token_log_probs({"text": TEXT[1:, :4]}), rtol=1e-5, atol=1e-5)
+    assert not found[1, 4:].any()
+    bare, _ = model.start(torch.tensor([[0, 1]]))
+    masks = torch.tensor([[False, True, True], [True, True, False], [True, False, True]])
+    padded, state = model.start(torch.tensor([[2, 0, 1], [0, 1, 2], [0, 2, 1]]), masks)
+    torch.testing.assert_close(padded, bare.expand(3, -1), rtol=1e-5, atol=1e-5)
+    empty, _ = model.start(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[False, False], [True, True]]))
+    torch.testing.assert_close(empty[:1], model.start(torch.zeros(1, 0, dtype=torch.long))[0])
+    after, _ = model.step(torch.tensor([2, 2, 2]), state)
+    torch.testing.assert_close(after, model.start(torch.tensor([[0, 1, 2]]))[0].expand(3, -1), rtol=1e-5, atol=1e-5)
+
+
+class Certain(LanguageModel):
+    """Never says token 2."""
+
+    size = SIZE
+
+    def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.tensor([0.5, 0.5, 0.0]).log().expand(len(prompt), -1), None
+
+    def advance(self, tokens: Tensor, state: None, mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.tensor([0.5, 0.5, 0.0]).log().expand(*tokens.shape, -1), None
+
+
+def test_what_a_model_thinks_impossible_stays_a_number() -> None:
+    model = MixtureLM([NGramModel(SIZE), Certain()])
+    assert float(model.log_prob({"text": EVERY}).exp().sum()) == pytest.approx(1.0)
+    model.weights[0] = torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(model.start(TEXT[:, :0])[0], torch.full((2, 3), 1 / 3).double().log())
+
+
+def test_a_long_text_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixed()
+    expected = model.token_log_probs({"text": TEXT})
+    monkeypatch.setattr("probllm.models.language_model.ROOM", 2 * 3 * SIZE * 2)
+    monkeypatch.setattr("probllm.models.language_model.PIECE", 3)
+    torch.testing.assert_close(model.token_log_probs({"text": TEXT}), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_saved_with_its_models(tmp_path: Path) -> None:
@@ -96,7 +194,9 @@ def test_it_is_saved_with_its_models(tmp_path: Path) -> None:
 
 def test_models_of_other_tokens_are_refused() -> None:
     other = CausalLM(RecurrentDecoder(SIZE + 2, hidden=4))
-    with pytest.raises(ValueError, match=r"others\[0\] has 4 tokens; expected 3"):
-        MixtureLM(NGramModel(SIZE), [other])
-    with pytest.raises(ValueError, match="others: expected at least one"):
-        MixtureLM(NGramModel(SIZE), [])
+    with pytest.raises(ValueError, match=r"models\[1\] has 4 tokens; expected 3"):
+        MixtureLM([NGramModel(SIZE), other])
+    with pytest.raises(ValueError, match="models: expected at least one"):
+        MixtureLM([])
+    with pytest.raises(ValueError, match="data is empty"):
+        mixed().estimate(Dataset([]))
