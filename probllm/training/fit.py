@@ -80,7 +80,7 @@ def fit(
         accumulate: a step is made on a batch so many times as large, computed in parts: the numbers are those of the
             large batch, where the loss is a mean over sequences, the memory that of the small one.
         learning_rate: its highest value.
-        weight_decay: on weights, but not on biases, norms and embeddings.
+        weight_decay: on weights, but not on biases, norms and torch's own embeddings.
         optimiser: ``"adamw"``; ``"muon"`` for the hidden matrices, AdamW for the rest; ``"adagrad"``; ``"sgd"``; or a
             function from torch's parameter groups to an optimiser.
         schedule: ``"cosine"``, ``"constant"`` or ``"wsd"`` (constant, then a decay) after the warm-up.

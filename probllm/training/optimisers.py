@@ -1,8 +1,9 @@
 """Optimisers over the parameters of one or several models: each parameter once, decay where it belongs.
 
-Weight decay is left off biases, norms (whatever has fewer than two dimensions) and embeddings, whose rare rows it would
-shrink between two sights of a word. Parameters with sparse gradients (``nn.Embedding(sparse=True)``) go to SparseAdam
-where the optimiser for the others is AdamW or Muon, which take no sparse gradient; Adagrad and SGD take both.
+Weight decay is left off biases, norms (whatever has fewer than two dimensions) and torch's embeddings, whose rare rows
+it would shrink between two sights of a word; the tables of our encoders, which it regularises, decay. Parameters with
+sparse gradients (``nn.Embedding(sparse=True)``) go to SparseAdam where the optimiser for the others is AdamW or Muon,
+which take no sparse gradient; Adagrad and SGD take both.
 
 Muon (Jordan et al., 2024) moves a hidden matrix along the orthogonal matrix nearest to its momentum, and AdamW trains
 the rest. Its steps are scaled to the size of AdamW's (Liu et al., 2025), so that one learning rate serves both.
