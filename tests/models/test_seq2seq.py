@@ -231,3 +231,14 @@ def test_bad_parts_are_named() -> None:
         transformer().given(BATCH).start(torch.ones(4, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="batch is None"):
         transformer().sample(1)
+
+
+@makers
+def test_rows_take_their_sources_along_when_they_change_places(make: Callable[[], Seq2Seq]) -> None:
+    model = made(make)
+    _, state = model.given(BATCH).start(TARGET[:, :0])
+    _, state = model.given(BATCH).step(torch.tensor([1, 2, 3]), state.select(torch.tensor([1, 0, 2])))
+    found, _ = model.given(BATCH).step(torch.tensor([2, 1, 3]), state.select(torch.tensor([2, 2, 0])))
+    moved = {key: value[torch.tensor([2, 2, 1])] for key, value in BATCH.items()}
+    expected, _ = model.given(moved).start(torch.tensor([[3, 2], [3, 1], [1, 3]]))
+    torch.testing.assert_close(found, expected)
