@@ -305,3 +305,16 @@ def test_nan_logits_are_refused_and_a_homogeneous_law_is_not_sampled_without_dur
         _law(transition_logits=torch.tensor([[0.0, math.nan], [0.0, 0.0]])).log_prob(torch.zeros(4).long())
     with pytest.raises(ValueError, match="duration"):
         _law(duration=None).sample()
+
+
+def test_whatever_stands_on_padding_of_symbols_changes_nothing() -> None:
+    torch.manual_seed(0)
+    law = HiddenMarkovModel(
+        torch.randn(3), torch.randn(3, 3), torch.distributions.Categorical(logits=torch.randn(3, 4)),
+        lengths=torch.tensor([4, 2]),
+    )  # fmt: skip
+    symbols = torch.tensor([[0, 1, 2, 3], [3, 1, 0, 0]])
+    padded = torch.tensor([[0, 1, 2, 3], [3, 1, 99, -7]])
+    assert torch.equal(law.log_prob(padded), law.log_prob(symbols))
+    with pytest.raises(ValueError, match="value: expected symbols from 0 to 3, got -1 to 3"):
+        law.log_prob(torch.tensor([[0, 1, 2, -1], [3, 1, 0, 0]]))
