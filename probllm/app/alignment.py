@@ -25,11 +25,12 @@ from probllm.app.comparison import (
     Picture,
     Row,
     Settings,
+    Training,
     check_models,
     files_of,
 )
 from probllm.app.tagging import learning_curve
-from probllm.app.transducers import ALL, BOTH, FRAMES, LSTM, NGRAM, Answers, Example, Task, Training, pairs_of, together
+from probllm.app.transducers import ALL, BOTH, FRAMES, LSTM, NGRAM, Answers, Example, Task, pairs_of, together
 from probllm.data import Dataset, Pair, TransductionVocabulary, letters_to_phonemes
 from probllm.data.lines import malformed, numbered_lines
 from probllm.evaluation import EditErrors, bootstrap, edit_errors, paired_bootstrap, plot_learning, plot_marginals
@@ -39,9 +40,12 @@ QUESTION = "Do letters find their phonemes better if they are aligned first, or 
 SMALL_SIZES = (8000, 400, 1500)  # words to train on, to stop by and to test on: two minutes in all
 EXAMPLES = 3  # words that are drawn
 
-MEASURES = [
+ERRORS = [
     Measure("WER", -1, 2, percent=True, meaning="share of words whose target is none of the right ones"),
     Measure("PER", -1, 2, percent=True, meaning="edits to the nearest right target, over its length"),
+]
+MEASURES = [
+    *ERRORS,
     Measure("train s", 0, 1, meaning="seconds of training"),
     Measure("words/s", 0, 0, compact=True, meaning="words written a second, from ids"),
     Measure("params", 0, 0, compact=True, meaning="numbers that training sets"),
@@ -77,9 +81,13 @@ def run(settings: Settings, say: Callable[[str], None]) -> Outcome:
 
 def tell(task: Task, key: str, answers: Answers, say: Callable[[str], None]) -> None:
     """One line about a model that is done."""
-    found = errors(task, answers)
+    say(f"{ALL[key].name}: {rates(errors(task, answers))}, trained in {answers.train_seconds:.1f} s")
+
+
+def rates(found: EditErrors) -> str:
+    """Both error rates, in words."""
     wer, per = 100 * found.wrong.mean(), 100 * found.edits.sum() / max(1, found.length.sum())
-    say(f"{ALL[key].name}: WER {wer:.2f} %, PER {per:.2f} %, trained in {answers.train_seconds:.1f} s")
+    return f"WER {wer:.2f} %, PER {per:.2f} %"
 
 
 def errors(task: Task, answers: Answers) -> EditErrors:

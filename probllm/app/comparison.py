@@ -59,6 +59,16 @@ class Settings:
     """Whether training draws progress bars."""
 
 
+class Training(NamedTuple):
+    """How the models of a comparison are trained."""
+
+    small: bool
+    epochs: int | None
+    folder: Path
+    progress: bool
+    seed: int
+
+
 def files_of(settings: Settings) -> list[Path] | None:
     """The files to train on, to stop by and to test on; None where none is given.
 

@@ -26,6 +26,7 @@ from probllm.app.comparison import (
     Row,
     Settings,
     Text,
+    Training,
     check_models,
 )
 from probllm.app.language_models import (
@@ -34,7 +35,6 @@ from probllm.app.language_models import (
     SMALL,
     Learned,
     Task,
-    Training,
     size_of,
     token_nats,
 )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from probllm.app.comparison import Training
 from probllm.data import Dataset, Windows
 from probllm.models import AdaptiveNGram, CausalLM, DynamicLM, LanguageModel, MixtureLM, NGramModel
 from probllm.models.model import Batch
@@ -34,16 +34,6 @@ class Task:
     train: Tensor
     dev: Tensor
     test: Tensor
-
-
-class Training(NamedTuple):
-    """How the models are trained."""
-
-    small: bool
-    epochs: int | None
-    folder: Path
-    progress: bool
-    seed: int
 
 
 @dataclass

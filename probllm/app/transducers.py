@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 
+from probllm.app.comparison import Training
 from probllm.app.verdict import in_batches, reorder
 from probllm.data import Pair, TransductionVocabulary
 from probllm.models import CTCTransducer
@@ -31,7 +31,7 @@ class Example(NamedTuple):
     """A source and the ways to write it, any of which is right."""
 
     source: Sequence[str]
-    targets: Sequence[tuple[str, ...]]
+    targets: Sequence[Sequence[str]]
 
 
 @dataclass
@@ -55,16 +55,6 @@ class Task:
     dev: list[Example]
     test: list[Example]
     vocabulary: TransductionVocabulary
-
-
-class Training(NamedTuple):
-    """How the models are trained."""
-
-    small: bool
-    epochs: int | None
-    folder: Path
-    progress: bool
-    seed: int
 
 
 def pairs_of(examples: Sequence[Example]) -> list[Pair]:

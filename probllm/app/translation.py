@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from probllm.app.alignment import SMALL_SIZES, embedded
+from probllm.app.alignment import ERRORS, SMALL_SIZES, embedded, rates
 from probllm.app.comparison import (
     Contrast,
     InputError,
@@ -27,13 +27,14 @@ from probllm.app.comparison import (
     Row,
     Settings,
     Text,
+    Training,
     check_models,
     files_of,
 )
 from probllm.app.tagging import learning_curve
-from probllm.app.translators import CANDIDATES, Answers, Codec, Pieces, Symbols, Task, Training, answer, learn
+from probllm.app.transducers import Example, pairs_of
+from probllm.app.translators import CANDIDATES, Answers, Codec, Pieces, Symbols, Task, answer, learn
 from probllm.data import Subwords, TransductionVocabulary, read_parallel_lines
-from probllm.data.transduction import Pair
 from probllm.evaluation import (
     Estimate,
     bleu,
@@ -50,10 +51,6 @@ QUESTION = "Do attention alone and a beam write better than recurrence and the b
 SUBWORDS = {True: 2000, False: 8000}  # by setting: small or not
 SHOWN = 8  # test sources whose answers are shown
 
-LETTERS = [
-    Measure("WER", -1, 2, percent=True, meaning="share of words whose target is none of the right ones"),
-    Measure("PER", -1, 2, percent=True, meaning="edits to the nearest right target, over its length"),
-]
 SENTENCES = [Measure("BLEU", 1, 2, meaning="sacreBLEU of the whole test set, 13a tokens, case counts")]
 COMMON = [
     Measure("nats/token", -1, 3, meaning="minus the log probability of a token of the first right target"),
@@ -95,13 +92,12 @@ def sentence_of(task: Task, found: Answers) -> str:
     """What a line says of a model that is done."""
     if task.codec.shared:
         return f"BLEU {bleu(bleu_counts(found.written, references(task))).value:.2f}"
-    errors = edit_errors(found.written, [targets for _, targets in task.test])
-    return f"WER {100 * errors.wrong.mean():.2f} %, PER {100 * errors.edits.sum() / max(1, errors.length.sum()):.2f} %"
+    return rates(edit_errors(found.written, [targets for _, targets in task.test]))
 
 
 def references(task: Task) -> list[str]:
     """The translation of each test sentence."""
-    return [targets[0] for _, targets in task.test]
+    return [str(targets[0]) for _, targets in task.test]
 
 
 def read_task(settings: Settings) -> Task:
@@ -109,28 +105,27 @@ def read_task(settings: Settings) -> Task:
     if settings.column is not None:
         raise InputError("--column is for taggers: translations lie in files beside their sources")
     files = files_of(settings)
-    learn: list[tuple[Any, list[Any]]]
-    stop: list[tuple[Any, list[Any]]]
-    test: list[tuple[Any, list[Any]]]
+    learn: list[Example]
+    stop: list[Example]
+    test: list[Example]
     codec: Codec
     if files is None:
         if settings.target is not None:
             raise InputError("--target is for files of sentences; missing: --train, --dev and --test")
-        parts = embedded()
+        learn, stop, test = embedded()
         if settings.small:
-            parts = [part[:size] for part, size in zip(parts, SMALL_SIZES, strict=True)]
-        learn, stop, test = ([(x.source, list(x.targets)) for x in part] for part in parts)
+            learn, stop, test = (part[:size] for part, size in zip((learn, stop, test), SMALL_SIZES, strict=True))
         origin, unit = "CMU Pronouncing Dictionary, without stress", "words"
-        codec = Symbols(TransductionVocabulary.build(Pair(*pair) for pair in pairs_of(learn)))
+        codec = Symbols(TransductionVocabulary.build(pairs_of(learn)))
         rest = "The nearest of several right targets counts."
     else:
         if settings.target is None:
             raise InputError("--target is needed, such as de: what the names of the translations end with, beside .en")
         learn, stop, test = (
-            [(source, [target]) for source, target in read_parallel(path, settings.target)] for path in files
+            [Example(source, [target]) for source, target in read_parallel(path, settings.target)] for path in files
         )
         origin, unit = f"{settings.train} into {settings.target}", "sentences"
-        texts = [text for pair in pairs_of(learn) for text in pair]
+        texts = [str(text) for pair in pairs_of(learn) for text in pair]
         codec = Pieces(Subwords.train(texts, "bpe", SUBWORDS[settings.small]))
         rest = f"{codec.sources:,} subwords."
     pairs, dev = pairs_of(learn), pairs_of(stop)
@@ -139,12 +134,7 @@ def read_task(settings: Settings) -> Task:
         f"{origin}: {len(pairs):,} pairs to train on, {len(stop):,} {unit} to stop by, {len(test):,} to test on; "
         f"{threads} thread{'s' * (threads > 1)}. {rest}"
     )
-    return Task(about, pairs, dev, test, codec)
-
-
-def pairs_of(examples: list[tuple[Any, list[Any]]]) -> list[tuple[Any, Any]]:
-    """A pair for each right target."""
-    return [(source, target) for source, targets in examples for target in targets]
+    return Task(about, list(pairs), list(dev), test, codec)
 
 
 def read_parallel(path: Path, target: str) -> list[tuple[str, str]]:
@@ -198,7 +188,7 @@ def lay_out(task: Task, answers: dict[str, Answers]) -> Outcome:
         contrasts.append(contrast)
     can_draw = find_spec("matplotlib") is not None
     notes = [] if can_draw else ["No pictures without matplotlib: pip install 'probllm[plots]'"]
-    measures = [*(SENTENCES if task.codec.shared else LETTERS), *COMMON]
+    measures = [*(SENTENCES if task.codec.shared else ERRORS), *COMMON]
     outcome = Outcome("translation", QUESTION, task.about, measures, rows, contrasts, [], notes)
     outcome.pictures = pictures(answers) if can_draw else []
     outcome.texts = written(task, answers)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
 
+from probllm.app.comparison import Training
+from probllm.app.transducers import Example
 from probllm.app.verdict import in_batches, reorder
 from probllm.data import Dataset, Subwords, TransductionVocabulary
 from probllm.data.subwords import BOS, EOS
@@ -94,19 +95,8 @@ class Task:
     about: str
     train: list[tuple[Any, Any]]
     dev: list[tuple[Any, Any]]
-    test: list[tuple[Any, list[Any]]]
-    """Sources, and the right targets of each."""
+    test: list[Example]
     codec: Codec
-
-
-class Training(NamedTuple):
-    """How the models are trained."""
-
-    small: bool
-    epochs: int | None
-    folder: Path
-    progress: bool
-    seed: int
 
 
 @dataclass

@@ -146,14 +146,21 @@ class HiddenMarkovModel(SummedOutDistribution):
         found = self._score(value)
         return found if real is None else torch.where(real.unsqueeze(-1), found, torch.zeros_like(found))
 
+    @property
+    def _table(self) -> Tensor | None:
+        """log p(symbol | state) ``[K, V]`` where states emit symbols, at all steps alike."""
+        law: Any = self.observation_dist
+        shared = isinstance(law, torch.distributions.Categorical) and law.batch_shape == (self.num_states,)
+        return law.logits if shared else None
+
     def _score(self, value: Tensor) -> Tensor:
         """log p(x | z = k) of observations ``[..., *observation]`` as ``[..., K]``."""
-        law = self.observation_dist
-        if isinstance(law, torch.distributions.Categorical) and law.batch_shape == (self.num_states,):
-            # rows of a table; the law itself would write out a copy of it for each observation
+        law, table = self.observation_dist, self._table
+        if table is not None:
+            # its rows; the law itself would write out a copy of it for each observation
             if law._validate_args:
                 law._validate_sample(value.unsqueeze(-1))
-            return law.logits.t()[value.long()]
+            return table.t()[value.long()]
         found: Tensor = law.log_prob(value.unsqueeze(value.dim() - len(law.event_shape)))
         return found.expand(*found.shape[:-1], self.num_states)
 
@@ -171,29 +178,29 @@ class HiddenMarkovModel(SummedOutDistribution):
     def _emission_rows(self, value: Tensor, observed: Tensor | None) -> Tensor:
         """``emissions`` over the whole batch."""
         emissions = self.emissions(value, observed)
+        return emissions.expand(*self._with_batch(emissions.shape[:-2]), *emissions.shape[-2:])
+
+    def _with_batch(self, shape: torch.Size) -> torch.Size:
+        """The batch shape of a value, broadcast with that of the law."""
         try:
-            shape = broadcast_shapes(emissions.shape[:-2], self.batch_shape)
+            return torch.Size(broadcast_shapes(shape, self.batch_shape))
         except RuntimeError:
             raise ValueError(
-                f"value: batch shape {list(emissions.shape[:-2])} does not broadcast with {list(self.batch_shape)}, "
-                "that of the law"
+                f"value: batch shape {list(shape)} does not broadcast with {list(self.batch_shape)}, that of the law"
             ) from None
-        return emissions.expand(*shape, *emissions.shape[-2:])
 
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
         """log p(x) ``[...]``, in nats, summed over all state sequences, and over steps where ``observed`` is False."""
-        if observed is None and self._is_table(value):
-            return self._log_prob_of_symbols(value)
+        table = self._table if observed is None else None
+        if table is not None and self._is_plain(table, value):
+            return self._log_prob_of_symbols(table, value)
         emissions = self._emission_rows(value, observed)
         chain = as_chain(emissions, self.transition, self.initial, None, self.lengths)
         return chain_log_partition(chain).view(chain.batch_shape).to(emissions.dtype)
 
-    def _is_table(self, value: Tensor) -> bool:
-        """Whether states emit symbols of one table, at all steps alike, so that counts are the derivatives."""
-        law: Any = self.observation_dist
-        if not isinstance(law, torch.distributions.Categorical) or law.batch_shape != (self.num_states,):
-            return False
-        scores = self.initial, self.transition, law.logits
+    def _is_plain(self, table: Tensor, value: Tensor) -> bool:
+        """Whether all steps and rows share their scores, outside of transforms, so that counts are the derivatives."""
+        scores = self.initial, self.transition, table
         plain = value.device.type == "cpu" and value.dtype == torch.long and value.numel() and value.dim() > 0
         return (
             bool(plain)
@@ -205,18 +212,11 @@ class HiddenMarkovModel(SummedOutDistribution):
             and not torch.compiler.is_compiling()
         )
 
-    def _log_prob_of_symbols(self, value: Tensor) -> Tensor:
-        table: Tensor = self.observation_dist.logits  # type: ignore[attr-defined]
+    def _log_prob_of_symbols(self, table: Tensor, value: Tensor) -> Tensor:
         steps, size = value.shape[-1], table.shape[-1]
         if self.duration is not None and steps != self.duration:
             raise ValueError(f"value: expected {self.duration} steps, got shape {list(value.shape)}")
-        shape, lengths = value.shape[:-1], self.lengths
-        try:
-            shape = broadcast_shapes(shape, self.batch_shape)
-        except RuntimeError:
-            raise ValueError(
-                f"value: batch shape {list(shape)} does not broadcast with {list(self.batch_shape)}, that of the law"
-            ) from None
+        shape, lengths = self._with_batch(value.shape[:-1]), self.lengths
         if lengths is not None:
             lengths = lengths.expand(shape)
             value = torch.where(mask_from_lengths(lengths, steps), value, 0)

@@ -62,23 +62,6 @@ class NGrams(NamedTuple):
         run_shares(kernels.score, (joined, ends, self.begin, *self.arrays(), found), len(sizes), 200.0 * len(joined))
         return found
 
-    def histories(self, joined: Array, sizes: Array) -> Array:
-        """The node that each token is predicted from, of strings that stand end to end; sizes [N]: their lengths."""
-        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        found = np.zeros(len(joined), np.int64)
-        run_shares(
-            kernels.histories, (joined, ends, self.begin, *self.arrays(), found), len(sizes), 200.0 * len(joined)
-        )
-        return found
-
-    def depths(self) -> Array:
-        """How many tokens each node holds."""
-        found = np.zeros(len(self.tokens), np.int64)
-        parent = np.repeat(np.arange(len(self.tokens)), np.diff(self.children))
-        for _ in range(self.order):
-            found[1:] = found[parent] + 1
-        return found
-
     def follow(self, nodes: Array, tokens: Array) -> Array:
         """The node to go on from, ``[N]``, after each node and the token read there."""
         after = np.empty_like(nodes)

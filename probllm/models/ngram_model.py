@@ -8,7 +8,6 @@ written, so that the models of KenLM and SRILM serve here and ours there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -57,7 +56,7 @@ class NGramModel(LanguageModel):
         self.size, self.order, self.smoothing, self.k = size, order, smoothing, k
         self._hold(smoothed([[]], size, order, smoothing, k))  # checks the other arguments
         if nodes is not None:  # saved arrays will be read into these
-            for name in (*_ARRAYS, "tree_classes"):
+            for name in _ARRAYS:
                 own = getattr(self, name)
                 self.register_buffer(name, own.new_zeros(nodes + 1 if name == "tree_children" else nodes))
 
@@ -69,9 +68,6 @@ class NGramModel(LanguageModel):
     def _hold(self, ngrams: NGrams) -> None:
         for name, array in zip(_ARRAYS, ngrams.arrays(), strict=True):
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)))
-        left = np.exp(ngrams.backoffs)
-        classes = 3 * ngrams.depths() + (left >= 0.1) + (left >= 0.4)
-        self.register_buffer("tree_classes", torch.from_numpy(classes.astype(np.int16)))
         self.config_arguments["nodes"] = len(ngrams.tokens)
 
     def estimate(self, data: Any) -> list[dict[str, float]]:
@@ -91,9 +87,6 @@ class NGramModel(LanguageModel):
 
     def token_log_probs(self, batch: Batch) -> Tensor:
         """Log probability of each token given those before it, ``[B, L]`` in float64, in nats; 0 on padding."""
-        return self._along(batch, lambda ngrams, joined, sizes: ngrams.token_log_probs(joined, sizes), torch.float64)
-
-    def _along(self, batch: Batch, ask: Callable[[NGrams, Any, Any], Any], dtype: torch.dtype) -> Tensor:
         text, mask, prefix = batch["text"], batch.get("mask"), batch.get("prefix")
         check_text(text, mask, self.size)
         lengths = torch.full((len(text),), text.shape[1]) if mask is None else lengths_from_mask(mask).cpu()
@@ -102,19 +95,10 @@ class NGramModel(LanguageModel):
             check_prefix(prefix, text, self.size)
             before, whole = prefix.shape[1], torch.cat([prefix, text], 1)
         real = torch.arange(whole.shape[1]) < before + lengths[:, None]
-        found = torch.zeros(whole.shape, dtype=dtype)
-        found[real] = torch.from_numpy(ask(self.ngrams, whole.cpu()[real].numpy(), (before + lengths).numpy()))
+        found = torch.zeros(whole.shape, dtype=torch.float64)
+        scores = self.ngrams.token_log_probs(whole.cpu()[real].numpy(), (before + lengths).numpy())
+        found[real] = torch.from_numpy(scores)
         return found[:, before:].to(text.device)
-
-    def histories(self, batch: Batch) -> Tensor:
-        """The n-gram that each token is predicted from, ``[B, L]``: the longest known one; 0 on padding."""
-        return self._along(batch, lambda ngrams, joined, sizes: ngrams.histories(joined, sizes), torch.long)
-
-    def confidence(self, nodes: Tensor) -> Tensor:
-        """How much n-grams are to be trusted as histories, as one of ``3 (order + 1)`` classes: their length, and how
-        much of their mass they leave to shorter ones (less than a tenth, less than four tenths, more)."""
-        found: Tensor = self.tree_classes[nodes].long()
-        return found
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, NGramState]:
         check_text(prompt, mask, self.size, "prompt")

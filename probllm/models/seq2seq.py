@@ -21,7 +21,7 @@ from probllm.decoding.choices import Greedy
 from probllm.decoding.generate import Method, generate
 from probllm.distributions.autoregressive import Autoregressive, up_to_end
 from probllm.models.causal_lm import CausalState
-from probllm.models.language_model import check_text
+from probllm.models.language_model import check_text, last_real
 from probllm.models.model import Batch, Model, batch_size
 from probllm.nn.decoder import Decoder
 from probllm.nn.embeddings import WordEmbedding
@@ -237,11 +237,7 @@ class GivenSource:
             mask = F.pad(mask, (1, 0), value=True)
             read = read.where(mask, model.begin)
         states = model.decoder(read, cache=cache, mask=mask)
-        last = states[:, -1]
-        if mask is not None:  # the last real position of each row
-            places = torch.arange(mask.shape[1], device=mask.device).where(mask, -1).amax(-1)
-            last = states[torch.arange(len(states), device=states.device), places]
-        return self._next(last), CausalState(cache, states[:, 1:])
+        return self._next(last_real(states, states[:, 0], mask)), CausalState(cache, states[:, 1:])
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, CausalState]:
         """Read one token ``[B]`` more."""

@@ -39,16 +39,6 @@ def follow(node, token, children, tokens, logs, backoffs, suffixes):  # type: ig
 
 
 @compiled()
-def histories(strings, ends, begin, model_children, tokens, logs, backoffs, suffixes, nodes, first, step):  # type: ignore[no-untyped-def]
-    """nodes: the longest known history of each token of strings, which stand end to end, cut at ends [N + 1]."""
-    for n in range(first, len(ends) - 1, step):
-        node = begin
-        for k in range(ends[n], ends[n + 1]):
-            nodes[k] = node
-            _, node = follow(node, strings[k], model_children, tokens, logs, backoffs, suffixes)
-
-
-@compiled()
 def score(strings, ends, begin, model_children, tokens, logs, backoffs, suffixes, found, first, step):  # type: ignore[no-untyped-def]
     """found: log probability of each token of strings, which stand end to end, cut at ends [N + 1]."""
     for n in range(first, len(ends) - 1, step):
