@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from nanogpt import NanoGPT
 from torch import Tensor, nn
 
 from probllm.nn import TransformerDecoder
@@ -46,62 +47,11 @@ class Ours(nn.Module):
         logits = F.linear(self.decoder(words), self.decoder.token_weight)
         return F.cross_entropy(logits.view(-1, V), targets.view(-1))
 
-    def generate(self, words: Tensor) -> Tensor:
-        weight, cache = self.decoder.token_weight, self.decoder.new_cache(len(words), PROMPT + NEW)
+    def generate(self, words: Tensor, count: int) -> Tensor:
+        weight, cache = self.decoder.token_weight, self.decoder.new_cache(len(words), PROMPT + count)
         result = [words]
-        for _ in range(NEW):
+        for _ in range(count):
             words = F.linear(self.decoder(words, cache=cache)[:, -1:], weight).argmax(-1)
-            result.append(words)
-        return torch.cat(result, 1)
-
-
-# The design of nanoGPT, without dropout; and a plain loop with a cache over it.
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.c_attn, self.c_proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.c_fc, self.gelu, self.out = nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)
-
-    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
-        B, L, _ = x.shape
-        q, k, v = self.c_attn(self.ln_1(x)).split(D, dim=2)
-        q, k, v = (part.view(B, L, HEADS, D // HEADS).transpose(1, 2) for part in (q, k, v))
-        if past is not None:
-            if past:
-                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-            past[:] = [k, v]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
-        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, L, D))
-        return x + self.out(self.gelu(self.c_fc(self.ln_2(x))))
-
-
-class NanoGPT(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(T, D)
-        self.h, self.ln_f = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(D)
-        self.lm_head = nn.Linear(D, V, bias=False)
-        self.wte.weight = self.lm_head.weight
-
-    def states(self, words: Tensor, start: int = 0, past: list[list[Tensor]] | None = None) -> Tensor:
-        x = self.wte(words) + self.wpe(torch.arange(start, start + words.shape[1]))
-        for i, block in enumerate(self.h):
-            x = block(x, None if past is None else past[i])
-        return self.ln_f(x)
-
-    def forward(self, words: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(self.states(words)).view(-1, V), targets.view(-1))
-
-    def generate(self, words: Tensor) -> Tensor:
-        past: list[list[Tensor]] = [[] for _ in range(LAYERS)]
-        result, start = [words], 0
-        for _ in range(NEW):
-            states = self.states(words, start, past)
-            start += words.shape[1]
-            words = self.lm_head(states[:, -1:]).argmax(-1)
             result.append(words)
         return torch.cat(result, 1)
 
@@ -123,9 +73,9 @@ class HuggingFace(nn.Module):
     def forward(self, words: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.model(words, use_cache=False).logits.view(-1, V), targets.view(-1))
 
-    def generate(self, words: Tensor) -> Tensor:
+    def generate(self, words: Tensor, count: int) -> Tensor:
         mask = torch.ones_like(words)
-        return self.model.generate(words, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)  # type: ignore[no-any-return]
+        return self.model.generate(words, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)  # type: ignore[no-any-return]
 
 
 class XTransformers(nn.Module):
@@ -140,8 +90,8 @@ class XTransformers(nn.Module):
     def forward(self, words: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.model(words).view(-1, V), targets.view(-1))
 
-    def generate(self, words: Tensor) -> Tensor:
-        return self.wrapper.generate(words, NEW, temperature=0.0, cache_kv=True)  # type: ignore[no-any-return]
+    def generate(self, words: Tensor, count: int) -> Tensor:
+        return self.wrapper.generate(words, count, temperature=0.0, cache_kv=True)  # type: ignore[no-any-return]
 
 
 # The floor.
@@ -204,7 +154,7 @@ def contenders() -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {
         "ours": Ours(),
         "ours, rotary": Ours(positions="rope"),
-        "nanoGPT's design": NanoGPT(),
+        "nanoGPT's design": NanoGPT(V, T, D, LAYERS, HEADS),
     }
     for name, peer in (("Hugging Face GPT-2", HuggingFace), ("x-transformers", XTransformers)):
         try:
@@ -233,7 +183,7 @@ def generate(models: dict[str, nn.Module], batch: int, rounds: int) -> None:
     words = torch.randint(1, V, (batch, PROMPT))
     runs: dict[str, Callable[[], Any]] = {"bare products": bare_generation(batch)}
     for name, model in models.items():
-        runs[name.replace("nanoGPT's design", "plain loop with a cache")] = partial(model.eval().generate, words)
+        runs[name.replace("nanoGPT's design", "plain loop with a cache")] = partial(model.eval().generate, words, NEW)
     with torch.no_grad():
         report(f"{NEW} tokens after {PROMPT}, batch {batch}, greedy", measure(runs, rounds), batch * NEW)
 

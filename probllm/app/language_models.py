@@ -19,7 +19,8 @@ from probllm.models import AdaptiveNGram, CausalLM, DynamicLM, LanguageModel, Mi
 from probllm.models.model import Batch
 from probllm.nn import RecurrentDecoder, TransformerDecoder
 from probllm.nn.decoder import Decoder
-from probllm.training import Run, fit
+from probllm.training import Run, fast_bfloat16, fit
+from probllm.training.optimisers import OptimiserName
 
 ORDERS = (3, 4, 5, 6, 7, 8, 10)  # among which the dev text chooses
 ADAPTIVE = ((3, False), (6, False), (16, False), (5, True))  # orders, and whether this text alone is counted
@@ -60,7 +61,7 @@ class Size(NamedTuple):
     dropout: float
 
 
-SMALL, FULL = Size(64, 8, 3, 96, 3, 144, 0.0), Size(128, 16, 6, 256, 4, 440, 0.1)
+SMALL, FULL = Size(64, 8, 3, 96, 3, 144, 0.0), Size(256, 16, 10, 256, 4, 440, 0.1)
 
 
 def size_of(training: Training) -> Size:
@@ -95,12 +96,12 @@ def recurrent(task: Task, size: Size) -> Decoder:
 def transformer(task: Task, size: Size) -> Decoder:
     """A Transformer with rotary positions, which looks back as far as a window of training goes."""
     return TransformerDecoder(
-        len(task.vocabulary) + 1, size.dim, size.layers, 4, dropout=size.dropout, window=size.window
+        len(task.vocabulary) + 1, size.dim, size.layers, 4, dropout=size.dropout, window=size.window, qk_norm=True
     )
 
 
 def neural(
-    name: str, decoder: Callable[[Task, Size], Decoder], rate: float
+    name: str, decoder: Callable[[Task, Size], Decoder], rate: float, optimiser: OptimiserName
 ) -> Callable[[Task, Training, dict[str, Learned]], Learned]:
     """A neural model, trained on windows of the text."""
 
@@ -111,8 +112,8 @@ def neural(
         run = fit(
             model, Windows(task.train, size.window), Windows(task.dev, size.window),
             epochs=training.epochs or size.epochs, batch_size=size.batch, learning_rate=rate, clip=float(size.window),
-            weight_decay=0.1, folder=training.folder / name / f"seed-{training.seed}", resume=True,
-            seed=training.seed, progress=training.progress,
+            weight_decay=0.1, folder=training.folder / name / f"seed-{training.seed}", resume=True, optimiser=optimiser,
+            seed=training.seed, progress=training.progress, mixed_precision=not training.small and fast_bfloat16(),
         )  # fmt: skip
         return Learned(model, run.seconds, run.parameters, run)
 
@@ -177,8 +178,10 @@ class Candidate(NamedTuple):
 CANDIDATES = {
     "5-gram": Candidate("5-gram", "modified Kneser-Ney", counted(5)),
     "n-gram": Candidate("n-gram", "modified Kneser-Ney of the order that the dev text likes best", counted(None)),
-    "lstm": Candidate("LSTM", "two layers", neural("lstm", recurrent, 4e-3)),
-    "transformer": Candidate("Transformer", "as many weights as the LSTM", neural("transformer", transformer, 2e-3)),
+    "lstm": Candidate("LSTM", "two layers", neural("lstm", recurrent, 4e-3, "adamw")),
+    "transformer": Candidate(
+        "Transformer", "as many weights as the LSTM", neural("transformer", transformer, 1e-2, "muon")
+    ),
     "mixture": Candidate(
         "n-gram + Transformer", "mixed exactly, weights from the dev text", mixed("n-gram", "transformer"),
         ("n-gram", "transformer"),

@@ -27,6 +27,7 @@ from probllm.nn.encoder import (
     in_transform,
     zero_padding,
 )
+from probllm.nn.norms import RMSNorm
 from probllm.nn.positions import Rotation, positions_from_mask, rotation, split_and_turn
 from probllm.nn.visibility import Visible, visible_keys, visible_memory
 
@@ -93,8 +94,8 @@ class SelfAttention(Configurable, nn.Module):
             raise ValueError(f"dim / heads is {self.head_dim}; expected an even number, for rotary positions")
         qkv_bias = bias if qkv_bias is None else qkv_bias
         self.project = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.query_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.output = nn.Linear(heads * self.head_dim, dim, bias=bias)
 
     def forward(
@@ -199,8 +200,8 @@ class CrossAttention(Configurable, nn.Module):
         check_dropout("dropout", dropout)
         self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
         self.project = nn.Linear(self.memory_dim, 2 * self.kv_heads * self.head_dim, bias=bias)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.query_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.output = nn.Linear(heads * self.head_dim, dim, bias=bias)
 
     def forward(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from probllm.nn.encoder import Encoder, Inputs, check_mask, check_positive, pick, zero_padding
+from probllm.nn.norms import Norm
 from probllm.nn.transformer import TransformerEncoder
-from probllm.nn.transformer_layer import Activation, Norm
+from probllm.nn.transformer_layer import Activation
 
 
 class PatchEmbedding(Encoder):

@@ -20,9 +20,10 @@ from probllm.nn.decoder import Decoder, DecoderCache
 from probllm.nn.dropout import Dropout
 from probllm.nn.embeddings import as_embedding
 from probllm.nn.encoder import Encoder, Inputs, check_dropout, check_mask, check_positive, in_transform, zero_padding
+from probllm.nn.norms import Norm, make_norm
 from probllm.nn.packing import Packing
 from probllm.nn.positions import positions_from_mask, rotation, sinusoids
-from probllm.nn.transformer_layer import Activation, Norm, TransformerLayer, make_norm
+from probllm.nn.transformer_layer import Activation, TransformerLayer
 from probllm.nn.visibility import visible_keys, visible_memory, visible_slots
 
 Positions = Literal["rope", "sinusoidal", "learned", "none"]

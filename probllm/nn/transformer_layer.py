@@ -1,7 +1,7 @@
 """One Transformer layer for encoders, decoders and both: self-attention, attention to a memory, a perceptron.
 
 Normalised before each part, ``x ← x + part(norm(x))`` (Xiong et al., 2020), or after, ``x ← norm(x + part(x))``
-(Vaswani et al., 2017). RMSNorm: Zhang and Sennrich (2019); SwiGLU: Shazeer (2020).
+(Vaswani et al., 2017). SwiGLU: Shazeer (2020).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from probllm.nn.attention import CrossAttention, SelfAttention, Sight
 from probllm.nn.config import Configurable
 from probllm.nn.dropout import Dropout
 from probllm.nn.encoder import check_positive
+from probllm.nn.norms import Norm, make_norm
 from probllm.nn.visibility import visible_keys
 
-Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu"]
 
 
@@ -130,12 +130,3 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(hidden)
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def make_norm(norm: Norm, dim: int, eps: float | None = None, bias: bool = True) -> nn.Module:
-    """LayerNorm (``"layer"``) or RMSNorm (``"rms"``) of vectors of ``dim``."""
-    if norm not in ("layer", "rms"):
-        raise ValueError(f"norm is {norm!r}; expected 'layer' or 'rms'")
-    if norm == "layer":
-        return nn.LayerNorm(dim, eps=1e-5 if eps is None else eps, bias=bias)
-    return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps)
