@@ -4,8 +4,8 @@
 
 The Transformer of ``probllm compare language --full``, and nanoGPT of the same width, depth, window and batch with its
 own optimiser, each trained for the same seconds of the processor, in bfloat16 where that is faster; then the counts and
-the exact mixtures of the comparison, whose weights come from the last twentieth of the training text. The first nine
-tenths of a text train, the rest is judged, each character once and behind at least half a window. Nats a character with
+the exact mixtures of the comparison, whose weights come from the first twentieth of the text. The rest of the first nine
+tenths trains, the rest is judged, each character once and behind at least half a window. Nats a character with
 a bootstrap interval over blocks of 200 characters. Corpora: ``../shared/data`` or ``$PROBLLM_DATA``.
 """
 
@@ -81,7 +81,7 @@ def train_nanogpt(task: Task, core_seconds: float) -> tuple[NanoGPT, int]:
 def nats_of_nanogpt(model: NanoGPT, task: Task) -> np.ndarray:
     """Minus the log probability of each token of the test text."""
     found: list[Tensor] = []
-    for batch in judging(task.test, torch.cat([task.train, task.dev]), FULL).batches(64, shuffle=False):
+    for batch in judging(task.test, task.train, FULL).batches(64, shuffle=False):
         text = batch["text"]
         inputs = torch.cat([batch["prefix"], text[:, :-1]], 1)
         scores = model.lm_head(model.states(inputs))[:, -text.shape[1] :]

@@ -87,7 +87,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> Outcome:
 
 
 def read_task(settings: Settings) -> Task:
-    """The text that the settings name, else the embedded one; a twentieth of the training text is to choose by."""
+    """The text that the settings name, else the embedded one; its first twentieth is to choose by, for what stands
+    before the text to be judged on tells most about that."""
     if settings.column is not None:
         raise InputError("--column is for taggers: language models read plain text")
     if settings.train is None:
@@ -104,8 +105,8 @@ def read_task(settings: Settings) -> Task:
         if not test:
             learn, test = split(learn)
     if not dev:
-        cut = len(learn) - len(learn) // 20
-        learn, dev = learn[:cut], learn[cut:]
+        cut = len(learn) // 20
+        dev, learn = learn[:cut], learn[cut:]
     window = SMALL.window if settings.small else FULL.window
     for name, part in (("train", learn), ("dev", dev), ("test", test)):
         if len(part) < 4 * window:

@@ -46,7 +46,7 @@ class Learned:
     parameters: int
     run: Run | None = None
     note: str = ""
-    learns: bool = False  # while it reads: it is judged in one go, behind the text to choose by
+    learns: bool = False  # while it reads: it is judged in one go, and reads the text to choose by before
 
 
 class Size(NamedTuple):
@@ -206,12 +206,11 @@ def judging(text: Tensor, before: Tensor, size: Size) -> Windows:
 
 @torch.no_grad()
 def token_nats(learned: Learned, task: Task, size: Size) -> np.ndarray:
-    """Minus the log probability of each token of the test text, which goes on from the others, ``[N]``, in nats."""
+    """Minus the log probability of each token of the test text, which goes on from the training text, ``[N]``, in nats."""
     if learned.learns:
         batches: Iterable[Batch] = [{"text": task.test.unsqueeze(0), "prefix": task.dev.unsqueeze(0)}]
     else:
-        before = torch.cat([task.train, task.dev])
-        batches = judging(task.test, before, size).batches(batch_size=64, shuffle=False)
+        batches = judging(task.test, task.train, size).batches(batch_size=64, shuffle=False)
     found = [learned.model.token_log_probs(batch).double().flatten() for batch in batches]
     nats: np.ndarray = -torch.cat(found)[-len(task.test) :].numpy()
     return nats

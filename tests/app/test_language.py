@@ -69,7 +69,7 @@ def test_files_or_a_split_of_one(tmp_path, file):
     size = len(file.read_text())
     assert len(whole.train) + len(whole.dev) == int(0.9 * size)
     assert len(whole.test) == size - int(0.9 * size)
-    shown = "".join(whole.vocabulary[i] for i in [*whole.train, *whole.dev, *whole.test])
+    shown = "".join(whole.vocabulary[i] for i in [*whole.dev, *whole.train, *whole.test])
     assert shown == file.read_text().replace(".\n", "��")  # the end of the text is like nothing before
     given = read_task(Settings(train=file, dev=tmp_path / "dev", test=tmp_path / "test"))
     assert (len(given.train), given.test[-1], given.vocabulary[0]) == (size, 0, "�")
