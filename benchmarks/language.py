@@ -4,9 +4,9 @@
 
 The Transformer of ``probllm compare language --full``, and nanoGPT of the same width, depth, window and batch with its
 own optimiser, each trained for the same seconds of the processor, in bfloat16 where that is faster; then the counts and
-the exact mixtures of the comparison, whose weights come from the first twentieth of the text. The rest of the first nine
-tenths trains, the rest is judged, each character once and behind at least half a window. Nats a character with
-a bootstrap interval over blocks of 200 characters. Corpora: ``../shared/data`` or ``$PROBLLM_DATA``.
+the exact mixtures of the comparison, whose weights come from the first twentieth of the text. What follows it trains,
+the last tenth is judged, each character once and behind at least half a window. Nats a character with a bootstrap
+interval over blocks of 200 characters. Corpora: ``../shared/data`` or ``$PROBLLM_DATA``.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def judging(text: Tensor, before: Tensor, size: Size) -> Windows:
 
 @torch.no_grad()
 def token_nats(learned: Learned, task: Task, size: Size) -> np.ndarray:
-    """Minus the log probability of each token of the test text, which goes on from the training text, ``[N]``, in nats."""
+    """Minus the log probability of each token of the test text, which follows the training text, ``[N]``, in nats."""
     if learned.learns:
         batches: Iterable[Batch] = [{"text": task.test.unsqueeze(0), "prefix": task.dev.unsqueeze(0)}]
     else:

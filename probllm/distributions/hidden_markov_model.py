@@ -213,19 +213,18 @@ class HiddenMarkovModel(SummedOutDistribution):
         )
 
     def _log_prob_of_symbols(self, table: Tensor, value: Tensor) -> Tensor:
-        steps, size = value.shape[-1], table.shape[-1]
+        steps = value.shape[-1]
         if self.duration is not None and steps != self.duration:
             raise ValueError(f"value: expected {self.duration} steps, got shape {list(value.shape)}")
+        if self.lengths is None and not self.batch_shape and value.dim() == 2:
+            return log_likelihood(value, self.initial, self.transition, table)
         shape, lengths = self._with_batch(value.shape[:-1]), self.lengths
         if lengths is not None:
             lengths = lengths.expand(shape)
             value = torch.where(mask_from_lengths(lengths, steps), value, 0)
             lengths = lengths.reshape(-1)
-        low, high = value.aminmax()
-        if int(low) < 0 or int(high) >= size:
-            raise ValueError(f"value: expected symbols from 0 to {size - 1}, got {int(low)} to {int(high)}")
-        symbols = value.expand(*shape, steps).reshape(-1, steps)
-        return log_likelihood(symbols, self.initial, self.transition, table, lengths).view(shape)
+        value = value.expand(*shape, steps).reshape(-1, steps)
+        return log_likelihood(value, self.initial, self.transition, table, lengths).view(shape)
 
     def posterior(self, value: Tensor, observed: Tensor | None = None) -> LinearChainCRF:
         """p(z | x), a law over state sequences; its ``log_partition`` is log p(x)."""
@@ -324,7 +323,7 @@ def check_logits(**named: Any) -> None:
 
 def normalised(logits: Tensor) -> Tensor:
     """log_softmax over the last dimension that is -inf, with gradient 0, where all entries are -inf."""
-    if not is_wrapped(logits) and not bool((logits.detach().amax(-1) == -math.inf).any()):
+    if not is_wrapped(logits) and math.isfinite(logits.detach().sum()):  # so that nothing is -inf
         return torch.log_softmax(logits, -1)
     nothing = (logits == -math.inf).all(-1, keepdim=True)
     log = torch.log_softmax(torch.where(nothing, torch.zeros_like(logits), logits), -1)

@@ -143,9 +143,9 @@ def _tiers(given: list[Tensor], transitions: Tensor, run: Callable[[list[np.ndar
     scores = [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in given]
     table = transitions.detach().contiguous().numpy()
     dtype: type = scores[0].dtype.type
-    tables = _tables(table, dtype)
+    tables = make_tables(table, dtype)
     if dtype is np.float32 and tables.forbids:
-        dtype, tables = np.float64, _tables(table, np.float64)
+        dtype, tables = np.float64, make_tables(table, np.float64)
     part = run(scores, tables)
     done = Pass(part.log_z, scores, table, [part])
     left = part.flags.nonzero()[0]
@@ -157,7 +157,7 @@ def _tiers(given: list[Tensor], transitions: Tensor, run: Callable[[list[np.ndar
             "(-inf forbids)"
         )
     if dtype is np.float32:
-        tables, groups, in_group = _tables(table, np.float64), len(table), len(done.log_z) // len(table)
+        tables, groups, in_group = make_tables(table, np.float64), len(table), len(done.log_z) // len(table)
         if groups > 1:  # what is left of a group need not be as much as of another: a group each
             both, numbers = (np.ascontiguousarray(x[:, left // in_group]) for x in tables[:2])
             tables = Tables(both, numbers, tables.forbids)
@@ -171,7 +171,12 @@ def _tiers(given: list[Tensor], transitions: Tensor, run: Callable[[list[np.ndar
     return done
 
 
-def _tables(transitions: np.ndarray, dtype: type) -> Tables:
+def make_tables(transitions: np.ndarray, dtype: type) -> Tables:
+    """The exponentials of transitions ``[G, S, K, K]``.
+
+    Raises:
+        ValueError: for scores that are NaN or +inf.
+    """
     groups, times, k, _ = transitions.shape
     both = room.empty((2, groups, times, k, padded(k)), dtype)
     numbers: np.ndarray = np.empty((3, groups, times))

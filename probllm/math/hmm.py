@@ -51,16 +51,18 @@ def expected_steps(chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def log_likelihood(
-    symbols: Tensor, initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None = None
+    value: Tensor, initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
     """log p(x) ``[B]`` of an HMM with categorical observations, in nats; differentiable in the log probabilities.
 
     Args:
-        symbols: ``[B, T]`` long, from 0 to V - 1, on padding too.
+        value: symbols, ``[B, T]`` long, from 0 to V - 1, on padding too.
         initial: ``[K]``, transition: ``[K, K]``, emission: ``[K, V]``: log probabilities of one dtype, on the CPU.
         lengths: ``[B]`` long.
+    Raises:
+        ValueError: for symbols out of range.
     """
-    found: Tensor = _LogLikelihood.apply(symbols, initial, transition, emission, lengths)  # type: ignore[no-untyped-call]
+    found: Tensor = _LogLikelihood.apply(value, initial, transition, emission, lengths)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -71,11 +73,11 @@ class _LogLikelihood(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(symbols, initial, transition, emission, lengths)
         ctx.counts = None
-        chain = _chain_of(symbols, initial, transition, emission, lengths)
         if not any(ctx.needs_input_grad[1:4]):
+            _check_range(symbols, emission.shape[1])
+            chain = _chain_of(symbols, initial, transition, emission, lengths)
             return torch.from_numpy(passes.forward(*chain[:5], keep=False).log_z).to(emission.dtype)
-        log_z, tags, pairs = passes.expectations(*chain[:5])
-        ctx.counts = tags[:, 0].sum(0), pairs[0, 0], _sum_by_symbol(symbols, tags, emission.shape[1])
+        log_z, ctx.counts = _with_counts(symbols, (initial, transition, emission), lengths, None)
         return torch.from_numpy(log_z).to(emission.dtype)
 
     @staticmethod
@@ -90,9 +92,38 @@ class _LogLikelihood(torch.autograd.Function):
         weight = weights[0]
         if weights.stride(0) == 0 or bool((weights == weight).all()):  # of a sum or a mean over the batch
             return None, *(x * weight for x in ctx.counts), None
-        chain = _chain_of(symbols, initial, transition, emission, lengths)
-        _, tags, pairs = passes.expectations(*chain[:5], weights.contiguous())
-        return None, tags[:, 0].sum(0), pairs[0, 0], _sum_by_symbol(symbols, tags, emission.shape[1]), None
+        return None, *_with_counts(symbols, (initial, transition, emission), lengths, weights)[1], None
+
+
+def _with_counts(
+    symbols: Tensor, scores: tuple[Tensor, Tensor, Tensor], lengths: Tensor | None, weights: Tensor | None
+) -> tuple[np.ndarray, list[Tensor]]:
+    """log p(x) ``[B]``, and the expected counts in the shapes of the scores, times the weights ``[B]`` of the rows."""
+    initial, transition, emission = (x.detach().numpy() for x in scores)
+    rows, steps = symbols.shape
+    (k, size), dtype = emission.shape, emission.dtype
+    tables = passes.make_tables(transition.reshape(1, 1, k, k), dtype.type)
+    if not tables.forbids:
+        n = np.full(rows, steps) if lengths is None else lengths.numpy()
+        by = np.ones(rows, dtype) if weights is None else weights.contiguous().numpy()
+        log_z, flags = np.empty(rows), np.empty(rows, np.int64)
+        pieces, cost = (rows + 3) // 4, 0.05 * rows * steps * k * (k + 32)
+        shares = shares_of(pieces, cost)
+        sums = [np.empty((shares, *x.shape), dtype) for x in (initial, transition, emission)]
+        arguments = (symbols.numpy(), n, by, initial, emission, tables.both, tables.numbers, log_z, flags, *sums)
+        run_shares(categorical_hmm.differentiate, arguments, pieces, cost)
+        if not flags.any():
+            return log_z, [torch.from_numpy(x[0] if shares == 1 else x.sum(0)) for x in sums]
+    _check_range(symbols, size)
+    chain = _chain_of(symbols, scores[0].detach(), scores[1].detach(), scores[2].detach(), lengths)
+    log_z, tags, pairs = passes.expectations(*chain[:5], None if weights is None else weights.contiguous())
+    return log_z, [tags[:, 0].sum(0), pairs[0, 0], _sum_by_symbol(symbols, tags, size)]
+
+
+def _check_range(symbols: Tensor, size: int) -> None:
+    low, high = symbols.aminmax()
+    if int(low) < 0 or int(high) >= size:
+        raise ValueError(f"value: expected symbols from 0 to {size - 1}, got {int(low)} to {int(high)}")
 
 
 def _chain_of(symbols: Tensor, initial: Tensor, transition: Tensor, emission: Tensor, lengths: Tensor | None) -> Chain:
@@ -105,11 +136,8 @@ def _chain_of(symbols: Tensor, initial: Tensor, transition: Tensor, emission: Te
 
 def _sum_by_symbol(symbols: Tensor, tags: Tensor, size: int) -> Tensor:
     """tags ``[B, T, K]`` summed over the steps with each symbol, ``[K, V]``; 0 on padding."""
-    rows, _, k = tags.shape
-    shares = shares_of(rows, 0.5 * tags.numel())
-    sums = np.zeros((shares, size, k), np.float64)
-    run_shares(categorical_hmm.sum_by_symbol, (symbols.numpy(), tags.numpy(), sums), rows, 0.5 * tags.numel())
-    return torch.from_numpy(sums[0] if shares == 1 else sums.sum(0)).to(tags.dtype).t()
+    found = torch.zeros(size, tags.shape[2], dtype=tags.dtype)
+    return found.index_add_(0, symbols.reshape(-1), tags.reshape(-1, tags.shape[2])).t()
 
 
 @untraced

@@ -237,3 +237,49 @@ def test_what_no_state_emits_has_no_probability_and_no_gradient() -> None:
     (slope,) = torch.autograd.grad(found[0], emission)
     assert torch.isfinite(slope).all()
     assert slope.sum() == 2.0
+
+
+@pytest.mark.parametrize("span", [1.0, 70.0, 200.0, 2000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_scores_that_span_too_much_for_the_fused_kernel_take_another_way(
+    span: float, dtype: torch.dtype, part: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    symbols = torch.randint(0, 6, (9, 20), generator=generator)
+    lengths = torch.randint(1, 21, (9,), generator=generator)
+    weights = torch.randn(9, generator=generator, dtype=dtype)
+    scores = [torch.randn(s, generator=generator, dtype=dtype) for s in ((5,), (5, 5), (5, 6))]
+    scores[part] *= span / float(scores[part].max() - scores[part].min())
+    leaves = [x.clone().requires_grad_() for x in scores]
+    found = log_likelihood(symbols, *leaves, lengths)
+    slopes = torch.autograd.grad(found, leaves, weights)
+    leaves = [x.double().requires_grad_() for x in scores]
+    expected = chain_log_prob(symbols, leaves, lengths)
+    close = {"rtol": 2e-4, "atol": 2e-4} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-9}
+    torch.testing.assert_close(found.double(), expected, **close)
+    for one, other in zip(slopes, torch.autograd.grad(expected, leaves, weights.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, **close)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize(("low", "high"), [(-1, 2), (0, 4), (-(2**40), 2**40)])
+def test_symbols_out_of_range_are_refused(with_gradient: bool, low: int, high: int) -> None:
+    symbols = torch.zeros(6, 7, dtype=torch.long)
+    symbols[5, 6], symbols[2, 3] = low, high
+    scores = [torch.randn(s).requires_grad_(with_gradient) for s in ((3,), (3, 3), (3, 4))]
+    with pytest.raises(ValueError, match=f"value: expected symbols from 0 to 3, got {low} to {high}"):
+        log_likelihood(symbols, *scores)
+
+
+def test_long_sequences_in_float32_keep_their_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    symbols = torch.randint(0, 50, (6, 3000), generator=generator)
+    scores = [torch.randn(*s, generator=generator).log_softmax(-1) for s in ((17,), (17, 17), (17, 50))]
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in scores]
+        slopes.append(torch.autograd.grad(log_likelihood(symbols, *leaves).sum(), leaves))
+    for narrow, wide in zip(*slopes, strict=True):
+        torch.testing.assert_close(narrow.double(), wide, rtol=2e-4, atol=1e-3)
+    assert float(slopes[1][2].sum()) == pytest.approx(symbols.numel())

@@ -1,8 +1,8 @@
 """Expected counts of a hidden Markov model with categorical observations, in one pass over the sequences.
 
-The recursions of ``chain_scaled`` where the emission of a step is a row of one table: exponentials are taken once a
-symbol and not once a step, and the expectations of a step go straight into the counts, so that no array of the size
-of the data is kept.
+The recursions of ``chain_scaled`` where the emission of a step is a row of one table, and the expectations of a step go
+straight into the counts, so that no array of the size of the data is kept. ``count``: exponentials are taken once a
+symbol and not once a step; for EM on much data. ``differentiate``: with the certificate, and the weights, of each row.
 """
 
 from __future__ import annotations
@@ -11,12 +11,24 @@ import math
 
 import numpy as np
 
-from probllm.math.kernels.chain_scaled import LEAST_SUM, TINY, some_tiny
+from probllm.math.kernels.chain_scaled import (
+    FAST,
+    LEAST_SUM,
+    TINY,
+    allowance,
+    backward_block,
+    by_falling_length,
+    forward_block,
+    set_out,
+    some_tiny,
+)
 from probllm.math.kernels.compiled import compiled
-from probllm.math.kernels.tiles import product1, product4
+from probllm.math.kernels.exponentials import WIDE
+from probllm.math.kernels.tiles import add_outer, product1, product4
 from probllm.math.kernels.vectors import add_scaled, ahead, behind, multiply, scale
 
 SPOILED = 8  # a row was found too small when some of its counts were already added
+OUTSIDE = 16  # a symbol is none
 
 
 @compiled(error_model="numpy")
@@ -111,13 +123,94 @@ def count(  # type: ignore[no-untyped-def]
                     product4(x, back, y, k)
 
 
-@compiled()
-def sum_by_symbol(symbols, tags, sums, first, step):  # type: ignore[no-untyped-def]
-    """sums [N, V, K] (0 on entry) at N = ``first``: tags [B, T, K] added up by the symbol of their step."""
-    rows, steps, k = tags.shape
-    own = sums[first]
-    for b in range(first, rows, step):
-        for t in range(steps):
-            symbol = symbols[b, t]
+@compiled(fastmath=FAST)
+def differentiate(  # type: ignore[no-untyped-def]
+    symbols, lengths, row_weights, initial, emission, both, numbers, log_z, flags, first_counts, pairs, emitted,
+    first, step,
+):  # fmt: skip
+    """log p(x) of one share of the blocks of four rows of ``symbols`` [B, T], and its derivatives.
+
+    lengths, row_weights [B]; initial [K], emission [K, V]: log probabilities
+    both [2, 1, 1, K, P] and numbers [3, 1, 1]: of the transitions, from ``chain_scaled.tables``, without zeros
+    log_z [B] and flags [B] are set: WIDE in all rows if the scores are not all finite or span too much, OUTSIDE for a
+        row with a symbol that is not from 0 to V - 1
+    first_counts [N, K], pairs [N, K, K] and emitted [N, K, V] are set at N = ``first`` to the expected counts times the
+        weights of their rows, summed over the rows that are not flagged
+    """
+    rows, steps = symbols.shape
+    k, size = emission.shape
+    width, dtype = both.shape[4], both.dtype
+    one = dtype.type(1)
+    table, offsets = np.ones((size + 1, width), dtype), np.empty(size + 1)
+    widest = 0.0
+    for v in range(size):  # exp around the maximum, once a symbol
+        widest = max(widest, _exponentials(emission[:, v], table[v], offsets, v))
+    widest += _exponentials(initial, table[size], offsets, size)
+    order = by_falling_length(lengths, 1, steps)
+    if not widest <= allowance(numbers[:, 0], False, k):
+        for place in range(4 * first, rows, 4 * step):
+            for b in order[place : place + 4]:
+                log_z[b], flags[b] = 0.0, WIDE
+        first_counts[first], pairs[first], emitted[first] = 0, 0, 0
+        return
+    span = steps + (16 if (steps * width * both.itemsize + 256) % 4096 < 512 else 0)  # see chain_passes
+    q, alpha = np.empty(4 * span * width, dtype), np.empty(4 * span * width, dtype)
+    sums, tags = np.empty((4, span), dtype), np.zeros(4 * steps * k + width, dtype)  # read in whole vectors
+    steps_of_tags = tags[: 4 * steps * k].reshape(4, steps, k)
+    x, y, total = np.zeros((4, width), dtype), np.zeros((4, width), dtype), np.zeros((width, width), dtype)
+    inverse, totals, by = np.empty(4, dtype), np.empty(4, dtype), np.zeros(4, dtype)
+    found, bits, which, until = np.empty(4), np.zeros(4, np.int64), np.zeros(4, np.int64), np.zeros(4, np.int64)
+    here, places = np.arange(4), np.arange(4) * span
+    begun, counted = np.zeros(width, dtype), np.zeros((size, width), dtype)  # behind the first k anything
+    for block in range(first, (rows + 3) // 4, step):
+        count = set_out(lengths, order, 4 * block, rows, which, until, y, inverse, k)
+        for r in range(count):
+            n, found[r] = until[r], offsets[size]
+            by[r], bits[r] = row_weights[which[r]], 0
+            for t in range(n):
+                symbol = symbols[which[r], t]
+                if symbol < 0 or symbol >= size:
+                    bits[r], until[r] = OUTSIDE, 0
+                    break
+                found[r] += offsets[symbol]
+                scale(table[symbol], one, q[(places[r] + t) * width :], width)
+            at = places[r] * width
             for j in range(k):
-                own[symbol, j] += tags[b, t, j]
+                q[at + j] *= table[size, j]
+        forward_block(
+            both[0, 0], numbers[:, 0], False, True, places, places, q, sums, alpha, found, bits, here, until, count, x,
+            y, inverse, totals,
+        )  # fmt: skip
+        backward_block(
+            q, sums, alpha, both[1, 0], False, by, places, steps_of_tags, bits, here, until, count, x, y, inverse,
+            totals,
+        )  # fmt: skip
+        for r in range(count):
+            b, n, at = which[r], until[r], places[r] * width
+            log_z[b], flags[b] = found[r], bits[r]
+            for t in range(n):
+                add_scaled(tags[(r * steps + t) * k :], one, counted[symbols[b, t]], width)
+            if n:
+                add_scaled(tags[r * steps * k :], one, begun, width)
+            if n > 1:
+                add_outer(alpha, at, q, at + width, n - 1, by[r], total, k)
+    first_counts[first] = begun[:k]
+    for i in range(k):
+        for j in range(k):
+            pairs[first, i, j] = total[i, j] * both[0, 0, 0, i, j]
+        for v in range(size):
+            emitted[first, i, v] = counted[v, i]
+
+
+@compiled()
+def _exponentials(scores, found, offsets, at):  # type: ignore[no-untyped-def]
+    """found[:K] = exp(scores [K] - offsets[at]), their maximum. Returns their range, or inf if one is not finite."""
+    low, high, total = scores[0], scores[0], 0.0
+    for score in scores:
+        low, high, total = min(low, score), max(high, score), total + score
+    offsets[at] = high
+    if not math.isfinite(total):
+        return math.inf
+    for j in range(scores.size):
+        found[j] = math.exp(scores[j] - high)
+    return high - low

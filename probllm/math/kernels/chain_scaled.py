@@ -46,7 +46,7 @@ TINY = 2
 SPAN32, SPAN64, TINIEST, LEAST_SUM = 80.0, 200.0, 1e-200, 1e-100
 
 # entries are finite and non-negative in a certified row, so sums may be reordered
-_FAST = {"contract", "reassoc", "nsz", "arcp"}
+FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
 @compiled()
@@ -116,7 +116,7 @@ def by_falling_length(lengths, groups, steps):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _set_out(lengths, order, begin, end, which, until, state, inverse, k):  # type: ignore[no-untyped-def]
+def set_out(lengths, order, begin, end, which, until, state, inverse, k):  # type: ignore[no-untyped-def]
     """Sets a block of rows out at a step before which nothing came: places [4] of the rows in the batch, their lengths,
     and a product of 1 in each of the K states. Returns how many rows there are."""
     size = min(4, end - begin)
@@ -130,29 +130,49 @@ def _set_out(lengths, order, begin, end, which, until, state, inverse, k):  # ty
     return size
 
 
-@compiled(fastmath=_FAST)
+@compiled(fastmath=FAST)
 def _forward_block(  # type: ignore[no-untyped-def]
     emissions, start, end, table, numbers, zeros, keep, places, home, q, sums, alpha, log_z, flags, which, until,
     size, x, y, inverse, totals,
 ):  # fmt: skip
-    """The way forward of the rows ``which`` [4] of a block.
-
-    table [S, K, P] and numbers [3, S]: of their group
-    places, home [4]: where a row begins in q and sums, and in alpha, in steps
-    until [4]: lengths; becomes 0 where a row is flagged
-    """
-    k, width, times = emissions.shape[2], table.shape[2], table.shape[0]
-    found, product = np.empty(4), np.ones(4)
-    spread, longest = 0.0, 0
-    for s in range(times):
-        spread = max(spread, numbers[1, s])
-    most = (SPAN64 if zeros else SPAN32) - 2 * spread - math.log(k)
+    """``forward_block``, behind the exponentials of the scores."""
+    width, found = table.shape[2], np.empty(4)
+    most = allowance(numbers, zeros, table.shape[1])
     for r in range(size):
         b, n = which[r], until[r]
         room = q[places[r] * width : (places[r] + n) * width]
         log_z[b], flags[b] = exponentials(emissions[b], start[b], end[b], n, most, zeros, width, room, found)
         until[r] = 0 if flags[b] else n
-        longest = max(longest, until[r])
+    forward_block(
+        table, numbers, zeros, keep, places, home, q, sums, alpha, log_z, flags, which, until, size, x, y, inverse,
+        totals,
+    )  # fmt: skip
+
+
+@compiled()
+def allowance(numbers, zeros, k):  # type: ignore[no-untyped-def]
+    """How many nats the scores of a step may span beside the transitions, whose numbers [3, S] are those of
+    ``tables``."""
+    spread = 0.0
+    for s in range(numbers.shape[1]):
+        spread = max(spread, numbers[1, s])
+    return (SPAN64 if zeros else SPAN32) - 2 * spread - math.log(k)
+
+
+@compiled(fastmath=FAST)
+def forward_block(  # type: ignore[no-untyped-def]
+    table, numbers, zeros, keep, places, home, q, sums, alpha, log_z, flags, which, until, size, x, y, inverse,
+    totals,
+):  # fmt: skip
+    """The way forward of the rows ``which`` [4] of a block.
+
+    table [S, K, P] and numbers [3, S]: of their group
+    places, home [4]: where a row begins in q and sums, and in alpha, in steps
+    q: exponentials of the scores; what was taken out of them stands in log_z [B]
+    until [4]: lengths, 0 for a row to pass over; becomes 0 where a row is flagged
+    """
+    k, width, times = table.shape[1], table.shape[2], table.shape[0]
+    product, longest = np.ones(4), until.max()
     together = until.min() if size == 4 and not zeros else 0  # steps that four rows have in common
     for t in range(longest):
         s, there = max(0, t - 1) if times > 1 else 0, t if keep else 0
@@ -194,8 +214,8 @@ def _forward_block(  # type: ignore[no-untyped-def]
                 log_z[b] += numbers[0, t - 1]
 
 
-@compiled(fastmath=_FAST)
-def _backward_block(  # type: ignore[no-untyped-def]
+@compiled(fastmath=FAST)
+def backward_block(  # type: ignore[no-untyped-def]
     q, sums, alpha, table, zeros, row_weights, places, tags, flags, which, until, size, x, y, inverse,
     totals,
 ):  # fmt: skip
@@ -238,7 +258,7 @@ def _backward_block(  # type: ignore[no-untyped-def]
                 product4(x, table[s], y, k)
 
 
-@compiled(fastmath=_FAST)
+@compiled(fastmath=FAST)
 def forward(  # type: ignore[no-untyped-def]
     emissions, start, end, lengths, both, numbers, zeros, keep, q, sums, alpha, log_z, flags, first, step
 ):  # fmt: skip
@@ -265,7 +285,7 @@ def forward(  # type: ignore[no-untyped-def]
         places[r] = home[r] * sums.shape[1]
     for block in range(first, groups * blocks, step):
         g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
-        size = _set_out(lengths, order, begin, (g + 1) * in_group, which, until, y, inverse, k)
+        size = set_out(lengths, order, begin, (g + 1) * in_group, which, until, y, inverse, k)
         for r in range(size if keep else 0):
             home[r] = which[r] * steps
         _forward_block(
@@ -274,7 +294,7 @@ def forward(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@compiled(fastmath=_FAST)
+@compiled(fastmath=FAST)
 def both_ways(  # type: ignore[no-untyped-def]
     emissions, start, end, lengths, row_weights, both, numbers, zeros, q, sums, alpha, log_z, flags, tags, pairs,
     first, step,
@@ -305,14 +325,14 @@ def both_ways(  # type: ignore[no-untyped-def]
     for piece in range(first, pieces, step):
         for block in range(piece * in_piece, (piece + 1) * in_piece):
             g, begin = block // blocks, block // blocks * in_group + 4 * (block % blocks)
-            size = _set_out(lengths, order, begin, (g + 1) * in_group, which, until, y, inverse, k)
+            size = set_out(lengths, order, begin, (g + 1) * in_group, which, until, y, inverse, k)
             for r in range(size):
                 places[r] = (4 * first + r if shared else which[r]) * sums.shape[1]
             _forward_block(
                 emissions, start, end, both[0, g], numbers[:, g], zeros, True, places, places, q, sums, alpha, log_z,
                 flags, which, until, size, x, y, inverse, totals,
             )  # fmt: skip
-            _backward_block(
+            backward_block(
                 q, sums, alpha, both[1, g], zeros, row_weights, places, tags, flags, which, until, size, x, y,
                 inverse, totals,
             )  # fmt: skip
