@@ -26,6 +26,7 @@ from nanogpt import NanoGPT
 from torch import Tensor, nn
 
 from probllm.nn import TransformerDecoder
+from probllm.nn.linear import linear
 
 V, T, D, LAYERS, HEADS = 8192, 256, 256, 4, 4
 PROMPT, NEW = 32, 128
@@ -51,7 +52,7 @@ class Ours(nn.Module):
         weight, cache = self.decoder.token_weight, self.decoder.new_cache(len(words), PROMPT + count)
         result = [words]
         for _ in range(count):
-            words = F.linear(self.decoder(words, cache=cache)[:, -1:], weight).argmax(-1)
+            words = linear(self.decoder(words, cache=cache)[:, -1:], weight).argmax(-1)
             result.append(words)
         return torch.cat(result, 1)
 

@@ -18,6 +18,7 @@ from probllm.models.language_model import LanguageModel, check_prefix, check_tex
 from probllm.models.model import Batch
 from probllm.nn.decoder import Decoder
 from probllm.nn.embeddings import WordEmbedding
+from probllm.nn.linear import linear
 from probllm.nn.pretrained import Head, read_gpt2, read_llama, write_gpt2, write_llama
 from probllm.nn.pretrained.checkpoint import read_config
 from probllm.nn.transformer import TransformerDecoder
@@ -66,7 +67,7 @@ class CausalLM(LanguageModel):
     def logits(self, states: Tensor) -> Tensor:
         """Unnormalised scores ``[..., size]`` of the next token from states ``[..., dim]``."""
         weight = self.decoder.token_weight[: self.size] if self.head is None else self.head.weight
-        return F.linear(states, weight)
+        return linear(states, weight)
 
     def states(self, batch: Batch) -> Tensor:
         """The states that each token is predicted from, ``[B, L, dim]``."""

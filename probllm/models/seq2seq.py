@@ -26,6 +26,7 @@ from probllm.models.model import Batch, Model, batch_size
 from probllm.nn.decoder import Decoder
 from probllm.nn.embeddings import WordEmbedding
 from probllm.nn.encoder import Encoder
+from probllm.nn.linear import linear
 
 
 class Seq2Seq(Model):
@@ -85,7 +86,7 @@ class Seq2Seq(Model):
     def logits(self, states: Tensor) -> Tensor:
         """Unnormalised scores ``[..., size - 1]`` of the tokens from 1, from states ``[..., dim]``."""
         weight = self.decoder.token_weight if self.head is None else self.head.weight
-        return F.linear(states, weight[1 : self.size]).float()
+        return linear(states, weight[1 : self.size]).float()
 
     # The law.
 

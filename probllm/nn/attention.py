@@ -13,10 +13,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probllm.math.kernels.few_rows import attend_from_one
+from probllm.math.kernels.threads import run_shares, shares_of
 from probllm.nn.cache import KeyValueCache
 from probllm.nn.config import Configurable
 from probllm.nn.encoder import (
@@ -27,6 +30,7 @@ from probllm.nn.encoder import (
     in_transform,
     zero_padding,
 )
+from probllm.nn.linear import Linear, is_plain
 from probllm.nn.norms import RMSNorm
 from probllm.nn.positions import Rotation, positions_from_mask, rotation, split_and_turn
 from probllm.nn.visibility import Visible, visible_keys, visible_memory
@@ -93,10 +97,10 @@ class SelfAttention(Configurable, nn.Module):
         if rotary and self.head_dim % 2:
             raise ValueError(f"dim / heads is {self.head_dim}; expected an even number, for rotary positions")
         qkv_bias = bias if qkv_bias is None else qkv_bias
-        self.project = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
+        self.project = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
         self.query_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.output = nn.Linear(heads * self.head_dim, dim, bias=bias)
+        self.output = Linear(heads * self.head_dim, dim, bias=bias)
 
     def forward(
         self,
@@ -198,11 +202,11 @@ class CrossAttention(Configurable, nn.Module):
         self.heads, self.kv_heads, self.head_dim = _head_sizes(dim, heads, kv_heads, head_dim)
         check_positive(memory_dim=self.memory_dim)
         check_dropout("dropout", dropout)
-        self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
-        self.project = nn.Linear(self.memory_dim, 2 * self.kv_heads * self.head_dim, bias=bias)
+        self.query = Linear(dim, heads * self.head_dim, bias=bias)
+        self.project = Linear(self.memory_dim, 2 * self.kv_heads * self.head_dim, bias=bias)
         self.query_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.output = nn.Linear(heads * self.head_dim, dim, bias=bias)
+        self.output = Linear(heads * self.head_dim, dim, bias=bias)
 
     def forward(
         self,
@@ -302,6 +306,9 @@ def mix(
     if visible.recent is not None and not return_weights:
         k, v = k[:, :, -visible.recent :], v[:, :, -visible.recent :]
     allowed, grouped = visible.allowed, q.shape[1] != k.shape[1]
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if q.shape[2] == 1 and not (traced or return_weights or dropout or visible.hides) and is_plain(q, k, v):
+        return one_query(q, k, v), None
     weights = None
     if not return_weights and not in_transform(q, k, v):
         dtype = q.dtype
@@ -337,6 +344,20 @@ def mix(
     if visible.idle is not None:
         mixed = mixed.masked_fill(visible.idle, 0.0)
     return mixed, weights if return_weights else None
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one query a row ``[B, heads, 1, E]`` to all keys, as fast as these can be read from memory."""
+    (rows, heads, _, size), many = q.shape, k.shape[2]
+    found = torch.empty(rows, heads, 1, size)
+    strides = np.array([k.stride()[:3], v.stride()[:3], (k.shape[1], 0, 0)])
+    work = rows * heads * many * size
+    shares = shares_of(rows * heads, 0.2 * work)
+    room = np.empty((shares, many), np.float32)
+    flat = [x.as_strided((x.untyped_storage().nbytes() // 4 - x.storage_offset(),), (1,)).numpy() for x in (k, v)]
+    arguments = (q.reshape(rows, heads, size).numpy(), *flat, strides, room, found.numpy().reshape(rows, heads, size))
+    run_shares(attend_from_one, arguments, rows * heads, 0.2 * work)
+    return found
 
 
 def check_memory(memory: Tensor, mask: Tensor | None, dim: int, batch: int) -> None:

@@ -18,6 +18,7 @@ from probllm.nn.attention import check_memory
 from probllm.nn.decoder import Decoder, DecoderCache
 from probllm.nn.embeddings import as_embedding
 from probllm.nn.encoder import Encoder, Inputs, check_dropout, check_mask, check_positive, in_transform, zero_padding
+from probllm.nn.linear import Linear
 from probllm.nn.recurrent import recurrence, recurrent_layer
 from probllm.nn.visibility import visible_memory
 
@@ -93,11 +94,11 @@ class RecurrentDecoder(Decoder):
         if memory_dim is not None:
             check_positive(memory_dim=memory_dim)
             first += memory_dim if attention == "bahdanau" else 0
-            self.start = nn.Linear(memory_dim, layers * hidden)
-            self.query = nn.Linear(hidden, hidden, bias=False) if attention == "bahdanau" else None
-            self.key = nn.Linear(memory_dim, hidden, bias=attention == "bahdanau")
+            self.start = Linear(memory_dim, layers * hidden)
+            self.query = Linear(hidden, hidden, bias=False) if attention == "bahdanau" else None
+            self.key = Linear(memory_dim, hidden, bias=attention == "bahdanau")
             self.score = nn.Parameter(torch.randn(hidden) / hidden**0.5) if attention == "bahdanau" else None
-            self.join = nn.Linear(hidden + memory_dim, hidden)
+            self.join = Linear(hidden + memory_dim, hidden)
         self.layers = nn.ModuleList(recurrent_layer(cell, n, hidden) for n in [first] + [hidden] * (layers - 1))
 
     def forward(

@@ -15,6 +15,7 @@ from probllm.nn.attention import CrossAttention, SelfAttention, Sight
 from probllm.nn.config import Configurable
 from probllm.nn.dropout import Dropout
 from probllm.nn.encoder import check_positive
+from probllm.nn.linear import Linear
 from probllm.nn.norms import Norm, make_norm
 from probllm.nn.visibility import visible_keys
 
@@ -107,8 +108,8 @@ class Perceptron(Configurable, nn.Module):
         if activation not in ("gelu", "gelu_tanh", "relu", "swiglu"):
             raise ValueError(f"activation is {activation!r}; expected 'gelu', 'gelu_tanh', 'relu' or 'swiglu'")
         self.activation = activation
-        self.input = nn.Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
-        self.output = nn.Linear(hidden, dim, bias=bias)
+        self.input = Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
+        self.output = Linear(hidden, dim, bias=bias)
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:

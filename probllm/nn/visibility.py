@@ -28,6 +28,11 @@ class Visible(NamedTuple):
     idle: Tensor | None = None
     recent: int | None = None
 
+    @property
+    def hides(self) -> bool:
+        """Whether some keys are hidden from some queries by a mask, of ``allowed`` or ``idle``."""
+        return self.allowed is not None or self.idle is not None
+
     def as_scores(self, dtype: torch.dtype) -> Visible:
         """With ``allowed`` as scores to be added, which the CPU's kernel would otherwise make anew in every layer."""
         if self.allowed is None or self.allowed.dtype != torch.bool:
