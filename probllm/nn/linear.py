@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from probllm.math.kernels.few_rows import CHUNK, times_transposed
-from probllm.math.kernels.threads import run_shares
+from probllm.math.kernels import few_rows as kernels
+from probllm.math.kernels.threads import SMALL, run_shares
 
 MOST_ROWS, LEAST_SIZE = 8, 1 << 14  # beyond and below, torch is as fast
 _NO_BIAS = np.zeros(1, np.float32)
@@ -37,8 +37,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x.numpy().reshape(-1, inner), weight.detach().numpy(), _NO_BIAS if bias is None else bias.detach().numpy(),
         found.numpy().reshape(-1, outer),
     )  # fmt: skip
-    run_shares(times_transposed, arguments, -(-outer // CHUNK), weight.numel() * (0.14 + 0.04 * (x.numel() // inner)))
+    run_shares(kernels.times_transposed, arguments, -(-outer // kernels.CHUNK), _nanoseconds(x, weight))
     return found
+
+
+def perceptron(x: Tensor, first: Linear, second: Linear, activation: str) -> Tensor | None:
+    """second(a(first(x))) for GELU and ReLU, if it is done as fast by one kernel; else None."""
+    if activation not in ("gelu", "relu") or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if not all(
+        type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in (first, second)
+    ):
+        return None  # someone looks at the layers or changes them
+    weights = first.weight, second.weight
+    biases = [None if layer.bias is None else layer.bias.detach().numpy() for layer in (first, second)]
+    if not _is_small(x, weights[0]) or not all(map(_is_readable, weights)) or _nanoseconds(x, weights[0]) > SMALL:
+        return None
+    (hidden, inner), outer = weights[0].shape, len(weights[1])
+    found, rows = torch.empty(*x.shape[:-1], outer), x.numel() // inner
+    one, other = (_NO_BIAS if bias is None else bias for bias in biases)
+    one_weight, other_weight = (weight.detach().numpy() for weight in weights)
+    kernels.perceptron(
+        x.numpy().reshape(rows, inner), one_weight, one, activation == "gelu", other_weight, other,
+        np.empty((rows, hidden), np.float32), found.numpy().reshape(rows, outer),
+    )  # fmt: skip
+    return found
+
+
+def _nanoseconds(x: Tensor, weight: Tensor) -> float:
+    return weight.numel() * (0.14 + 0.04 * (x.numel() // weight.shape[-1]))
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
@@ -49,7 +76,13 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
         and weight.numel() >= LEAST_SIZE
         and is_plain(x)
         and x.shape[-1] == inner
-        and weight.dtype is torch.float32
+        and _is_readable(weight)
+    )
+
+
+def _is_readable(weight: Tensor) -> bool:
+    return (
+        weight.dtype is torch.float32
         and weight.is_cpu
         and weight.is_contiguous()
         and type(weight) in (nn.Parameter, Tensor)

@@ -15,7 +15,7 @@ from probllm.nn.attention import CrossAttention, SelfAttention, Sight
 from probllm.nn.config import Configurable
 from probllm.nn.dropout import Dropout
 from probllm.nn.encoder import check_positive
-from probllm.nn.linear import Linear
+from probllm.nn.linear import Linear, perceptron
 from probllm.nn.norms import Norm, make_norm
 from probllm.nn.visibility import visible_keys
 
@@ -114,13 +114,16 @@ class Perceptron(Configurable, nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """``[..., dim]`` from ``[..., dim]``."""
+        dropping = self.dropout.training and self.dropout.p
+        if not dropping and (found := perceptron(states, self.input, self.output, self.activation)) is not None:
+            return found
         hidden = self.input(states)
         if self.activation == "swiglu":
             gate, value = hidden.chunk(2, -1)
             hidden = F.silu(gate) * value
         else:
             hidden = activate(hidden, self.activation)
-        if self.dropout.training and self.dropout.p:
+        if dropping:
             hidden = self.dropout(hidden)
         result: Tensor = self.output(hidden)
         return result

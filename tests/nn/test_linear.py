@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from probllm.math.kernels.few_rows import gelu
 from probllm.nn import SelfAttention, TransformerDecoder
 from probllm.nn import attention as attention_module
 from probllm.nn import linear as linear_module
 from probllm.nn.attention import one_query
-from probllm.nn.linear import Linear, is_plain, linear
+from probllm.nn.linear import Linear, is_plain, linear, perceptron
+from probllm.nn.transformer_layer import Perceptron
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_extreme_scores_of_one_query():
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 2}, {"window": 5}, {"qk_norm": True, "positions": "rope"}])
 def test_a_decoder_reads_token_by_token_what_it_reads_at_once(kernel_calls, options):
     torch.manual_seed(0)
-    decoder = TransformerDecoder(50, 64, 2, 4, dropout=0.0, **options).eval()
+    decoder = TransformerDecoder(50, 128, 2, 4, dropout=0.0, **options).eval()
     tokens = torch.randint(0, 50, (2, 12))
     whole = decoder(tokens).detach()
     cache = decoder.new_cache(2, 12)
@@ -158,3 +160,55 @@ def test_plain_tensors():
     assert not is_plain(x, x.double())
     assert not is_plain(nn.Parameter(x))
     assert not is_plain(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_a_perceptron_of_a_few_rows(activation, bias, rows):
+    torch.manual_seed(0)
+    layer, x = Perceptron(128, 160, activation, bias=bias).eval(), 3 * torch.randn(rows, 1, 128)
+    with torch.no_grad():
+        found = layer(x)
+        fused = perceptron(x, layer.input, layer.output, activation)
+    assert (fused is not None) == (activation in ("gelu", "relu") and rows < 9)
+    torch.testing.assert_close(found, layer(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "wrapped", "gradient", "double", "large"])
+def test_a_perceptron_that_is_looked_at_or_changed_is_torchs(kind):
+    size = 4000 if kind == "large" else 160
+    first, second, x = Linear(128, size), Linear(size, 128), torch.randn(1, 128)
+    assert kind == "large" or perceptron_without_gradient(x, first, second) is not None
+    if kind == "hook":
+        first.register_forward_hook(lambda module, inputs, output: None)
+    elif kind == "pre-hook":
+        second.register_forward_pre_hook(lambda module, inputs: None)
+    elif kind == "wrapped":
+        second = nn.Linear(size, 128)
+    elif kind == "gradient":
+        x.requires_grad_()
+    elif kind == "double":
+        second = second.double()
+    else:
+        x, first = torch.randn(8, 128), Linear(128, 10_000)
+    assert perceptron_without_gradient(x, first, second) is None
+    assert perceptron(x, first, second, "gelu") is None
+
+
+@torch.no_grad()
+def perceptron_without_gradient(x, first, second):
+    return perceptron(x, first, second, "gelu")
+
+
+def test_gelu_of_the_kernel_is_gelu():
+    x = torch.cat([torch.linspace(-9, 9, 5000), torch.tensor([1e30, -1e30, 0.0, -0.0])])
+    found = x.numpy().copy()
+    gelu(found)
+    torch.testing.assert_close(torch.from_numpy(found).double(), F.gelu(x.double()), rtol=1e-6, atol=1e-6)
+    broken = torch.tensor([math.nan]).numpy()
+    gelu(broken)
+    assert math.isnan(broken[0])
+    layer = Perceptron(128, 160, "relu", bias=False)
+    with torch.no_grad():
+        assert layer(torch.full((1, 128), math.nan)).isnan().all()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from probllm.math.kernels.compiled import compiled
 
 CHUNK = 64  # rows of the matrix that a thread takes at a time
@@ -40,6 +42,48 @@ def times_transposed(x, weight, bias, y, first, step):  # type: ignore[no-untype
                     s0 += x[m, k] * w[k]
                 y[m, n] = s0 + b
                 m += 1
+
+
+@compiled(fastmath={"contract", "reassoc", "nsz"})
+def perceptron(x, first_weight, first_bias, is_gelu, second_weight, second_bias, hidden, y):  # type: ignore[no-untyped-def]
+    """y [M, N] = a(x [M, K] first_weight^T + first_bias) second_weight^T + second_bias, a: GELU or ReLU; hidden [M, H]:
+    room."""
+    times_transposed(x, first_weight, first_bias, hidden, 0, 1)
+    flat = hidden.reshape(hidden.size)
+    zero = x.dtype.type(0)
+    if is_gelu:
+        gelu(flat)
+    else:
+        for i in range(flat.size):
+            flat[i] = max(flat[i], zero) if flat[i] == flat[i] else flat[i]
+    times_transposed(hidden, second_weight, second_bias, y, 0, 1)
+
+
+@compiled(fastmath={"contract", "reassoc", "nsz"})
+def gelu(x):  # type: ignore[no-untyped-def]
+    """x = x (1 + erf(x / sqrt 2)) / 2, in place, for float32.
+
+    erf(z) = z P(z^2) / Q(z^2) for |z| <= 4, where it is 1 in float32: the approximation that Eigen and XLA use, within
+    4 units in the last place.
+    """
+    one, half, most = np.float32(1), np.float32(0.5), np.float32(4)
+    for i in range(x.size):
+        z = x[i] * np.float32(0.7071067811865476)
+        z = max(min(z, most), -most)
+        t = z * z
+        p = np.float32(-2.72614225801306e-10)
+        p = p * t + np.float32(2.77068142495902e-08)
+        p = p * t + np.float32(-2.10102402082508e-06)
+        p = p * t + np.float32(-5.69250639462346e-05)
+        p = p * t + np.float32(-7.34990630326855e-04)
+        p = p * t + np.float32(-2.95459980854025e-03)
+        p = p * t + np.float32(-1.60960333262415e-02)
+        q = np.float32(-1.45660718464996e-05)
+        q = q * t + np.float32(-2.13374055278905e-04)
+        q = q * t + np.float32(-1.68282697438203e-03)
+        q = q * t + np.float32(-7.37332916720468e-03)
+        q = q * t + np.float32(-1.42647390514189e-02)
+        x[i] = x[i] * half * (one + z * p / q)
 
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
