@@ -4,7 +4,8 @@
 
 A language model of d=256, 4 layers, 4 heads, 256 positions, 8,192 tokens, tied output layer. The floor is the bare
 matrix products: of every linear layer, of attention and of the output layer, forward and (for the training step)
-backward. Contenders run in turn; medians, and ratios to the floor.
+backward. Contenders run in turn; medians, and ratios to the floor. ``--compile``: the training step under
+``torch.compile`` as well.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def measure(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def contenders() -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {
+def contenders() -> dict[str, Any]:
+    found: dict[str, Any] = {
         "ours": Ours(),
         "ours, rotary": Ours(positions="rope"),
         "nanoGPT's design": NanoGPT(V, T, D, LAYERS, HEADS),
@@ -173,14 +174,52 @@ def training_step(model: nn.Module, words: Tensor, targets: Tensor) -> Callable[
     return run
 
 
-def train(models: dict[str, nn.Module], batch: int, rounds: int) -> None:
+def train(models: dict[str, Any], batch: int, rounds: int, compiling: bool) -> None:
     words, targets = torch.randint(0, V, (2, batch, T))
     runs: dict[str, Callable[[], Any]] = {"bare products": bare_step(batch)}
     runs |= {name: training_step(model, words, targets) for name, model in models.items()}
+    if compiling:
+        for name, model in models.items():
+            runs[f"{name}, compiled"] = training_step(torch.compile(model), words, targets)
     report(f"training step, batch {batch}, length {T}", measure(runs, rounds), batch * T)
 
 
-def generate(models: dict[str, nn.Module], batch: int, rounds: int) -> None:
+def packed(model: Ours, batch: int, rounds: int) -> None:
+    """Training steps on as many real tokens without padding, packed into one row, and padded; real tokens a second."""
+    total = batch * T
+    lengths = torch.randint(T // 4, T + 1, (4 * batch,))
+    lengths = lengths[lengths.cumsum(0) <= total]
+    lengths[-1] += min(total - int(lengths.sum()), T - int(lengths[-1]))
+    real = int(lengths.sum())
+    words, targets = torch.randint(0, V, (2, total))
+    mask = torch.arange(T) < lengths.unsqueeze(1)
+    padded, padded_targets = torch.zeros(2, *mask.shape, dtype=torch.long)
+    padded[mask], padded_targets[mask] = words[:real], targets[:real]
+    decoder = model.decoder
+
+    def step(states: Callable[[], Tensor], targets: Tensor) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            F.cross_entropy(F.linear(states(), decoder.token_weight), targets).backward()
+
+        return run
+
+    runs = {
+        f"{batch} rows of {T}": step(lambda: decoder(words.view(batch, T)).flatten(0, 1), targets),
+        f"{len(lengths)} rows of {T // 4} to {T}, packed": step(
+            lambda: decoder(words[None, :real], segments=lengths)[0], targets[:real]
+        ),
+        "the same, padded": step(lambda: decoder(padded, mask=mask).flatten(0, 1), padded_targets.flatten()),
+    }
+    seconds = measure(runs, rounds)
+    print("\n**training step, packed rows**\n\n| | ms | real tokens/s | of the unpadded |\n|---|---|---|---|")
+    counts = (total, real, real)
+    rates = [count / value for count, value in zip(counts, seconds.values(), strict=True)]
+    for (name, value), rate in zip(seconds.items(), rates, strict=True):
+        print(f"| {name} | {1e3 * value:.1f} | {rate:,.0f} | {rate / rates[0]:.2f} |")
+
+
+def generate(models: dict[str, Any], batch: int, rounds: int) -> None:
     words = torch.randint(1, V, (batch, PROMPT))
     runs: dict[str, Callable[[], Any]] = {"bare products": bare_generation(batch)}
     for name, model in models.items():
@@ -200,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", choices=["train", "generate"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -207,7 +247,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {version('transformers')}, threads {arguments.threads}")
     models = contenders()
     if arguments.only != "generate":
-        train(models, 8, arguments.rounds)
+        train(models, 8, arguments.rounds, arguments.compile)
+        packed(models["ours"], 8, arguments.rounds)
     if arguments.only != "train":
         for batch in (1, 8):
             generate(models, batch, arguments.rounds)
