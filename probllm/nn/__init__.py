@@ -20,13 +20,18 @@ from probllm.nn.packing import pack, segment_lengths, unpack
 from probllm.nn.patches import PatchEmbedding, PatchEncoder
 from probllm.nn.potentials import ChainPotentials, TransitionScores
 from probllm.nn.pretrained import (
+    CLIP,
     PretrainedEncoder,
     read_bert,
+    read_clip,
     read_gpt2,
     read_llama,
+    read_vit,
     write_bert,
+    write_clip,
     write_gpt2,
     write_llama,
+    write_vit,
 )
 from probllm.nn.recurrent import RecurrentEncoder
 from probllm.nn.recurrent_decoder import RecurrentDecoder, RecurrentState
@@ -37,6 +42,7 @@ from probllm.nn.transformer import TransformerDecoder, TransformerEncoder
 from probllm.nn.transformer_layer import TransformerLayer
 
 __all__ = [
+    "CLIP",
     "BiaffineArcs",
     "ChainPotentials",
     "CharacterCNN",
@@ -71,12 +77,16 @@ __all__ = [
     "pack",
     "pool_subwords",
     "read_bert",
+    "read_clip",
     "read_gpt2",
     "read_llama",
+    "read_vit",
     "segment_lengths",
     "to_config",
     "unpack",
     "write_bert",
+    "write_clip",
     "write_gpt2",
     "write_llama",
+    "write_vit",
 ]

@@ -204,7 +204,8 @@ class TransformerEncoder(_Stack, Encoder):
         feedforward: hidden units of the perceptrons; ``4 * dim`` if None.
         norm: ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm).
         positions: ``"rope"``, ``"sinusoidal"``, ``"learned"`` (``max_length`` vectors) or ``"none"``.
-        activation: of the perceptrons: ``"gelu"``, ``"gelu_tanh"`` (GPT-2's approximation), ``"relu"`` or ``"swiglu"``.
+        activation: of the perceptrons: ``"gelu"``, its approximations ``"gelu_tanh"`` (GPT-2) and ``"quick_gelu"``
+            (CLIP), ``"relu"`` or ``"swiglu"``.
         causal: let a position see itself and the past only.
         dropout: probability of dropping a unit of the embeddings, of a layer's parts, or of a perceptron.
         attention_dropout: probability of dropping an attention weight; above 0 the CPU's fused kernel cannot serve.

@@ -6,8 +6,9 @@ Normalised before each part, ``x ← x + part(norm(x))`` (Xiong et al., 2020), o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from probllm.nn.linear import Linear, perceptron
 from probllm.nn.norms import Norm, make_norm
 from probllm.nn.visibility import visible_keys
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu"]
 
 
 class TransformerLayer(Configurable, nn.Module):
@@ -105,8 +106,9 @@ class Perceptron(Configurable, nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, feedforward=hidden)
-        if activation not in ("gelu", "gelu_tanh", "relu", "swiglu"):
-            raise ValueError(f"activation is {activation!r}; expected 'gelu', 'gelu_tanh', 'relu' or 'swiglu'")
+        if activation not in get_args(Activation):
+            names = ", ".join(map(repr, get_args(Activation)))
+            raise ValueError(f"activation is {activation!r}; expected one of {names}")
         self.activation = activation
         self.input = Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
         self.output = Linear(hidden, dim, bias=bias)
@@ -130,7 +132,9 @@ class Perceptron(Configurable, nn.Module):
 
 
 def activate(hidden: Tensor, activation: str) -> Tensor:
-    """GELU, GELU by tanh, or ReLU of each unit."""
+    """GELU, by tanh or as ``x · sigmoid(1.702 x)`` (Hendrycks and Gimpel, 2016) too, or ReLU of each unit."""
     if activation == "relu":
         return F.relu(hidden)
+    if activation == "quick_gelu":
+        return hidden * torch.sigmoid(1.702 * hidden)
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -94,7 +94,7 @@ def test_without_positions_a_permutation_permutes_and_with_them_it_does_not(posi
     assert (difference < 1e-9) == (positions == "none")
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "relu", "swiglu"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_a_layer_is_its_formula(activation, norm):
     layer = TransformerLayer(8, 2, norm=norm, activation=activation).double()
@@ -108,6 +108,8 @@ def test_a_layer_is_its_formula(activation, norm):
     u = layer.feedforward.input(normalise(x1))
     if activation == "swiglu":
         u = u[..., :32] * torch.sigmoid(u[..., :32]) * u[..., 32:]
+    elif activation == "quick_gelu":
+        u = u / (1 + torch.exp(-1.702 * u))
     else:
         u = torch.nn.functional.gelu(u) if activation == "gelu" else u.clamp(min=0)
     torch.testing.assert_close(layer(x), x1 + layer.feedforward.output(u))

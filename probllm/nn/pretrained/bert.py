@@ -18,6 +18,7 @@ from probllm.nn.pretrained.checkpoint import (
     read_config,
     read_tensors,
     translate,
+    translate_back,
     unload,
     write_checkpoint,
 )
@@ -98,18 +99,15 @@ def write_bert(folder: str | Path, encoder: TransformerEncoder, head: Head | Non
     embedding, options = encoder.embedding, encoder.config_arguments
     if not isinstance(embedding, TypedWordEmbedding) or embedding.dim != encoder.dim:
         raise ValueError(f"embedding is a {type(embedding).__name__}; a BERT checkpoint has a TypedWordEmbedding")
-    theirs = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
-    if options["activation"] not in theirs:
-        raise ValueError(f"activation is {options['activation']!r}; a BERT checkpoint has one of {sorted(theirs)}")
     written = head.config.get("hidden_act")
-    same = _ACTIVATIONS.get(str(written)) == options["activation"]
+    activation = translate_back("activation", options["activation"], _ACTIVATIONS, "BERT", written)
     config: dict[str, Any] = {
         "architectures": ["BertForMaskedLM" if head.transform is not None else "BertModel"],
         "attention_probs_dropout_prob": options["attention_dropout"],
         "hidden_dropout_prob": options["dropout"],
         **head.config,
         "model_type": "bert",
-        "hidden_act": written if same else theirs[options["activation"]],
+        "hidden_act": activation,
         "hidden_size": encoder.dim,
         "intermediate_size": 4 * encoder.dim if options["feedforward"] is None else options["feedforward"],
         "layer_norm_eps": 1e-5 if options["norm_eps"] is None else options["norm_eps"],

@@ -28,14 +28,16 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 class Weight(NamedTuple):
     """One of our parameters and the tensors of the file that it is made of, one below another.
 
-    ``sizes`` are their numbers of rows (None where there is one tensor), and ``transposed`` says that the file keeps
-    them ``[in, out]``, one beside another in a single tensor where ours is one.
+    ``sizes`` are their numbers of rows (None where there is one tensor), ``transposed`` says that the file keeps them
+    ``[in, out]``, one beside another in a single tensor where ours is one, and ``leading`` counts the axes of size 1
+    that they have in front.
     """
 
     ours: str
     theirs: tuple[str, ...]
     sizes: tuple[int, ...] | None = None
     transposed: bool = False
+    leading: int = 0
 
 
 class OutputTransform(Configurable, nn.Module):
@@ -64,13 +66,15 @@ class Head:
     """What a checkpoint holds beside the stack of layers: the output layer, and all that must be written back.
 
     Attributes:
-        weight: the output layer's own weights ``[vocabulary_size, dim]``; None where they are the embeddings.
+        weight: the output layer's own weights ``[vocabulary_size, dim]``, or ``[labels, dim]`` of a classifier; None
+            where they are the embeddings.
         bias: its biases ``[vocabulary_size]``, or None.
         transform: what comes between the states and the output layer, or None.
         config: the file's ``config.json``.
-        extra: tensors that no part of ours holds, by their names in the file (poolers, other heads).
+        extra: tensors that no part of ours holds, by their names in the file (BERT's pooler, other heads).
         prefix: what stands before the stack's names in the file.
         present: whether the file holds an output layer, its own or tied.
+        pooler: ViT's layer on the state of the class token, or None.
     """
 
     weight: Tensor | None = None
@@ -80,11 +84,28 @@ class Head:
     extra: dict[str, Tensor] = field(default_factory=dict)
     prefix: str | None = None
     present: bool = True
+    pooler: nn.Linear | None = None
 
-    def logits(self, states: Tensor, token_weight: Tensor) -> Tensor:
-        """Scores ``[..., vocabulary_size]`` of states ``[..., dim]``, given the embeddings for a tied output layer."""
-        hidden = states if self.transform is None else self.transform(states)
-        return F.linear(hidden, token_weight if self.weight is None else self.weight, self.bias)
+    def logits(self, states: Tensor, token_weight: Tensor | None = None) -> Tensor:
+        """Scores ``[..., vocabulary_size]`` of states ``[..., dim]``, given the embeddings for a tied output layer.
+
+        Raises:
+            ValueError: if the output layer has no weights of its own, and none are given.
+        """
+        weight = token_weight if self.weight is None else self.weight
+        if weight is None:
+            raise ValueError("token_weight is None, and the checkpoint holds no output layer of its own")
+        return F.linear(states if self.transform is None else self.transform(states), weight, self.bias)
+
+    def pooled(self, states: Tensor) -> Tensor:
+        """``tanh(W h + b)`` ``[B, size]`` of the class token's state, from states ``[B, length, dim]``.
+
+        Raises:
+            ValueError: if the checkpoint holds no pooler.
+        """
+        if self.pooler is None:
+            raise ValueError("the checkpoint holds no pooler")
+        return torch.tanh(self.pooler(states[:, 0]))
 
 
 def read_config(folder: str | Path, model_types: Sequence[str]) -> dict[str, Any]:
@@ -171,11 +192,12 @@ def load(module: nn.Module, table: Iterable[Weight], tensors: dict[str, Tensor],
             part, shape = tensors.pop(full), torch.Size([rows, *expected[1:]])
             if weight.transposed:
                 part = part.t() if part.dim() == 2 else part
-            if part.shape != shape:
+            front = (1,) * weight.leading
+            if part.shape != front + shape:
                 # Named as they stand in the file.
-                found, wanted = ([*s][::-1] if weight.transposed else [*s] for s in (part.shape, shape))
+                found, wanted = ([*s][::-1] if weight.transposed else [*s] for s in (part.shape, front + shape))
                 raise ValueError(f"the tensor {full!r} has shape {found}; config.json says {wanted}")
-            parts.append(part)
+            parts.append(part.reshape(shape))
         state[weight.ours] = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
     module.load_state_dict(state, assign=True)
 
@@ -186,7 +208,8 @@ def unload(module: nn.Module, table: Iterable[Weight], prefix: str = "") -> dict
     for weight in table:
         whole = state[weight.ours]
         for name, part in zip(weight.theirs, whole.split(weight.sizes or len(whole)), strict=True):
-            tensors[prefix + name] = part.t() if weight.transposed else part
+            part = part.t() if weight.transposed else part
+            tensors[prefix + name] = part.reshape((1,) * weight.leading + part.shape)
     return tensors
 
 
@@ -210,3 +233,13 @@ def translate(name: str, value: Any, table: Mapping[str, str]) -> str:
     if value not in table:
         raise ValueError(f"config.json: {name} is {value!r}; expected one of {sorted(table)}")
     return table[value]
+
+
+def translate_back(name: str, value: Any, table: Mapping[str, str], family: str, written: Any = None) -> str:
+    """Our name of an option in theirs: the one that was read, if it means the same, else the table's first."""
+    if table.get(str(written)) == value:
+        return str(written)
+    for theirs, ours in table.items():
+        if ours == value:
+            return theirs
+    raise ValueError(f"{name} is {value!r}; a {family} checkpoint has one of {sorted(set(table.values()))}")

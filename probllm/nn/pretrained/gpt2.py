@@ -17,6 +17,7 @@ from probllm.nn.pretrained.checkpoint import (
     read_config,
     read_tensors,
     translate,
+    translate_back,
     unload,
     write_checkpoint,
 )
@@ -82,13 +83,8 @@ def write_gpt2(folder: str | Path, decoder: TransformerDecoder, head: Head | Non
         bias=True, qkv_bias=None, head_dim=None, embedding_norm=False, memory_dim=None,
     )  # fmt: skip
     options = decoder.config_arguments
-    theirs: dict[str, str] = {}
-    for name, ours in _ACTIVATIONS.items():
-        theirs.setdefault(ours, name)
-    if options["activation"] not in theirs:
-        raise ValueError(f"activation is {options['activation']!r}; a GPT-2 checkpoint has one of {sorted(theirs)}")
     written = head.config.get("activation_function")
-    activation = written if _ACTIVATIONS.get(str(written)) == options["activation"] else theirs[options["activation"]]
+    activation = translate_back("activation", options["activation"], _ACTIVATIONS, "GPT-2", written)
     config: dict[str, Any] = {
         "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": options["attention_dropout"],
