@@ -137,5 +137,11 @@ def _check(model: Reader, prompt: Tensor, max_tokens: int, n: int, end: int | No
     for name, number in (("max_tokens", max_tokens), ("n", n)):
         if number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
+    longest = getattr(model, "longest", None)
+    if longest is not None and prompt.shape[1] + max_tokens > longest:
+        raise ValueError(
+            f"prompt: {prompt.shape[1]} tokens and max_tokens = {max_tokens} more are beyond the {longest} of a text "
+            "that the model has positions for"
+        )
     if end is not None and not 0 <= end < model.size:
         raise ValueError(f"end: expected a token from 0 to {model.size - 1}, got {end}")

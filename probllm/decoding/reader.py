@@ -16,7 +16,10 @@ class State(Protocol):
 
 
 class Reader(Protocol):
-    """A model that gives the log probabilities of the next token, ``[B, size]`` in nats, from what it has read."""
+    """A model that gives the log probabilities of the next token, ``[B, size]`` in nats, from what it has read.
+
+    It may say in ``longest`` of how many tokens a text has at most; without it, or with None, there is no limit.
+    """
 
     size: int
 

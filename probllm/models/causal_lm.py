@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from probllm.models.language_model import LanguageModel, check_prefix, check_text, last_real
 from probllm.models.model import Batch
-from probllm.nn.decoder import Decoder
+from probllm.nn.decoder import Decoder, longest_text
 from probllm.nn.embeddings import WordEmbedding
 from probllm.nn.linear import linear
 from probllm.nn.pretrained import Head, read_gpt2, read_llama, write_gpt2, write_llama
@@ -63,6 +63,10 @@ class CausalLM(LanguageModel):
         if tied:
             decoder.token_weight  # noqa: B018 - raises where they cannot be tied
         self.head = None if tied else nn.Linear(decoder.dim, self.size, bias=False)
+
+    @property
+    def longest(self) -> int | None:
+        return longest_text(self.decoder)
 
     def logits(self, states: Tensor) -> Tensor:
         """Unnormalised scores ``[..., size]`` of the next token from states ``[..., dim]``."""

@@ -33,6 +33,11 @@ class LanguageModel(Model):
 
     size: int
 
+    @property
+    def longest(self) -> int | None:
+        """How many tokens a text has at most; None: no limit."""
+        return None
+
     # What a subclass gives.
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, State]:

@@ -62,6 +62,11 @@ class MixtureLM(LanguageModel):
         self.register_buffer("seen", torch.zeros(rows, dtype=torch.float64))
         self._forget()
 
+    @property
+    def longest(self) -> int | None:
+        limits = [model.longest for model in self.models if isinstance(model, LanguageModel)]
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def _forget(self) -> None:
         self.weights.zero_()
         self.weights[0] = 1 / len(self.models)

@@ -93,3 +93,10 @@ class Decoder(Configurable, nn.Module):
             raise ValueError("memory was given to a decoder that was made without memory_dim")
         if self.memory_dim is not None and memory is None and not known:
             raise ValueError(f"memory is None; expected states [batch, length, {self.memory_dim}] to attend to")
+
+
+def longest_text(decoder: Decoder) -> int | None:
+    """Tokens of the longest text that a decoder can write, if it has learned positions; else None. The first position
+    is that of the token before the text, the last one's next token is not read."""
+    table = getattr(decoder, "position_table", None)
+    return None if table is None else len(table)

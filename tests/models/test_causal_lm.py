@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from probllm.decoding import Beam, Contrastive, Greedy, Sample, generate
-from probllm.models import CausalLM
+from probllm.decoding import Beam, Contrastive, Greedy, Sample, generate, stream
+from probllm.models import CausalLM, MixtureLM, NGramModel
 from probllm.nn import RecurrentDecoder, TransformerDecoder, WordEmbedding
 from tests.models.battery import CHECKS, Case
 
@@ -153,7 +153,7 @@ def test_bad_decoders_and_long_prompts_are_named() -> None:
     with pytest.raises(ValueError, match="to be tied"):
         CausalLM(RecurrentDecoder(WordEmbedding(SIZE + 1, 6), hidden=8))
     model = transformer(positions="learned", max_length=6)
-    with pytest.raises(ValueError, match="max_length"):
+    with pytest.raises(ValueError, match="prompt: 7 tokens and max_tokens = 2 more are beyond the 6 of a text"):
         generate(model, torch.zeros(1, 7, dtype=torch.long), 2)
 
 
@@ -197,3 +197,18 @@ def test_decoders_that_no_checkpoint_has_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither bos_token_id nor eos_token_id"):
         CausalLM.from_huggingface(tmp_path)
     assert CausalLM.from_huggingface(tmp_path, begin=3).begin == 3
+
+
+def test_a_text_that_is_longer_than_the_positions_is_refused_before_anything_is_written() -> None:
+    model = transformer(positions="learned", max_length=6).eval()
+    assert model.longest == 6
+    assert transformer().longest is None
+    prompt = torch.zeros(1, 4, dtype=torch.long)
+    assert generate(model, prompt, 2).tokens.shape == (1, 1, 2)
+    with pytest.raises(ValueError, match="prompt: 4 tokens and max_tokens = 3 more are beyond the 6 of a text"):
+        generate(model, prompt, 3)
+    with pytest.raises(ValueError, match="prompt: 6 tokens and max_tokens = 1 more"):
+        next(stream(model, torch.zeros(1, 6, dtype=torch.long), 1))
+    mixture = MixtureLM([NGramModel(SIZE, 2), model])
+    assert mixture.longest == 6
+    assert MixtureLM([NGramModel(SIZE, 2)]).longest is None

@@ -242,3 +242,18 @@ def test_rows_take_their_sources_along_when_they_change_places(make: Callable[[]
     moved = {key: value[torch.tensor([2, 2, 1])] for key, value in BATCH.items()}
     expected, _ = model.given(moved).start(torch.tensor([[3, 2], [3, 1], [1, 3]]))
     torch.testing.assert_close(found, expected)
+
+
+def test_targets_are_as_long_as_the_positions_allow() -> None:
+    encoder = TransformerEncoder(SIZE, dim=8, layers=1, heads=2, dropout=0.0)
+    decoder = TransformerDecoder(
+        SIZE + 1, dim=8, layers=1, heads=2, dropout=0.0, memory_dim=8, positions="learned", max_length=7
+    )
+    model = Seq2Seq(encoder, decoder, END).eval()
+    assert model.predict(BATCH).shape == (3, 7)
+    assert model.sample(2, BATCH).shape == (2, 3, 7)
+    prompt = torch.ones(3, 3, dtype=torch.long)
+    assert model.given(BATCH).longest == 7
+    with pytest.raises(ValueError, match="prompt: 3 tokens and max_tokens = 5 more are beyond the 7"):
+        generate(model.given(BATCH), prompt, 5)
+    assert generate(model.given(BATCH), prompt, 4).tokens.shape == (3, 1, 4)
