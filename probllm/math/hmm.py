@@ -99,18 +99,29 @@ def _with_counts(
     symbols: Tensor, scores: tuple[Tensor, Tensor, Tensor], lengths: Tensor | None, weights: Tensor | None
 ) -> tuple[np.ndarray, list[Tensor]]:
     """log p(x) ``[B]``, and the expected counts in the shapes of the scores, times the weights ``[B]`` of the rows."""
-    initial, transition, emission = (x.detach().numpy() for x in scores)
+    initial, transition, emission = (x.detach().contiguous().numpy() for x in scores)
     rows, steps = symbols.shape
     (k, size), dtype = emission.shape, emission.dtype
     tables = passes.make_tables(transition.reshape(1, 1, k, k), dtype.type)
     if not tables.forbids:
-        n = np.full(rows, steps) if lengths is None else lengths.numpy()
+        n = np.full(rows, steps) if lengths is None else lengths.contiguous().numpy()
         by = np.ones(rows, dtype) if weights is None else weights.contiguous().numpy()
         log_z, flags = np.empty(rows), np.empty(rows, np.int64)
         pieces, cost = (rows + 3) // 4, 0.05 * rows * steps * k * (k + 32)
         shares = shares_of(pieces, cost)
         sums = [np.empty((shares, *x.shape), dtype) for x in (initial, transition, emission)]
-        arguments = (symbols.numpy(), n, by, initial, emission, tables.both, tables.numbers, log_z, flags, *sums)
+        arguments = (
+            symbols.contiguous().numpy(),
+            n,
+            by,
+            initial,
+            emission,
+            tables.both,
+            tables.numbers,
+            log_z,
+            flags,
+            *sums,
+        )
         run_shares(categorical_hmm.differentiate, arguments, pieces, cost)
         if not flags.any():
             return log_z, [torch.from_numpy(x[0] if shares == 1 else x.sum(0)) for x in sums]

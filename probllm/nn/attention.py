@@ -355,7 +355,13 @@ def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     shares = shares_of(rows * heads, 0.2 * work)
     room = np.empty((shares, many), np.float32)
     flat = [x.as_strided((x.untyped_storage().nbytes() // 4 - x.storage_offset(),), (1,)).numpy() for x in (k, v)]
-    arguments = (q.reshape(rows, heads, size).numpy(), *flat, strides, room, found.numpy().reshape(rows, heads, size))
+    arguments = (
+        q.reshape(rows, heads, size).contiguous().numpy(),
+        *flat,
+        strides,
+        room,
+        found.numpy().reshape(rows, heads, size),
+    )
     run_shares(attend_from_one, arguments, rows * heads, 0.2 * work)
     return found
 

@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     outer, inner = weight.shape
     found = torch.empty(*x.shape[:-1], outer)
     arguments = (
-        x.numpy().reshape(-1, inner), weight.detach().numpy(), _NO_BIAS if bias is None else bias.detach().numpy(),
+        x.contiguous().numpy().reshape(-1, inner), weight.detach().numpy(), _NO_BIAS if bias is None else bias.detach().numpy(),
         found.numpy().reshape(-1, outer),
     )  # fmt: skip
     run_shares(kernels.times_transposed, arguments, -(-outer // kernels.CHUNK), _nanoseconds(x, weight))
@@ -58,7 +58,7 @@ def perceptron(x: Tensor, first: Linear, second: Linear, activation: str) -> Ten
     one, other = (_NO_BIAS if bias is None else bias for bias in biases)
     one_weight, other_weight = (weight.detach().numpy() for weight in weights)
     kernels.perceptron(
-        x.numpy().reshape(rows, inner), one_weight, one, activation == "gelu", other_weight, other,
+        x.contiguous().numpy().reshape(rows, inner), one_weight, one, activation == "gelu", other_weight, other,
         np.empty((rows, hidden), np.float32), found.numpy().reshape(rows, outer),
     )  # fmt: skip
     return found

@@ -212,3 +212,26 @@ def test_gelu_of_the_kernel_is_gelu():
     layer = Perceptron(128, 160, "relu", bias=False)
     with torch.no_grad():
         assert layer(torch.full((1, 128), math.nan)).isnan().all()
+
+
+def test_the_kernels_are_compiled_once(monkeypatch):
+    """Whatever the strides of what is read: a layout that a kernel has not seen would take seconds."""
+    seen = []
+
+    def note(kernel, arguments, *rest):
+        seen.extend(x.flags.c_contiguous for x in arguments if hasattr(x, "flags"))
+        return original(kernel, arguments, *rest)
+
+    original = linear_module.run_shares
+    for module in (linear_module, attention_module):
+        monkeypatch.setattr(module, "run_shares", note)
+    decoder = TransformerDecoder(50, 128, 1, 4, dropout=0.0).eval()
+    cache = decoder.new_cache(3, 9)
+    with torch.no_grad():
+        decoder(torch.zeros(3, 8, dtype=torch.long), cache=cache)
+        states = decoder(torch.zeros(3, 1, dtype=torch.long), cache=cache)
+        linear(torch.randn(4, 6, 128)[:, -1:], decoder.layers[0].attention.project.weight)
+        linear(torch.randn(128, 4).T, decoder.layers[0].attention.project.weight)
+    assert states.shape == (3, 1, 128)
+    assert len(seen) > 15
+    assert all(seen)
