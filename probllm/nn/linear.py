@@ -34,8 +34,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     outer, inner = weight.shape
     found = torch.empty(*x.shape[:-1], outer)
     arguments = (
-        x.contiguous().numpy().reshape(-1, inner), weight.detach().numpy(), _NO_BIAS if bias is None else bias.detach().numpy(),
-        found.numpy().reshape(-1, outer),
+        x.contiguous().numpy().reshape(-1, inner), weight.detach().numpy(),
+        _NO_BIAS if bias is None else bias.detach().numpy(), found.numpy().reshape(-1, outer),
     )  # fmt: skip
     run_shares(kernels.times_transposed, arguments, -(-outer // kernels.CHUNK), _nanoseconds(x, weight))
     return found
