@@ -25,8 +25,9 @@ help:
 compare: $(VENV)/installed
 	$(BIN)/probllm compare --small $(ARGS)
 
+# A worker for each core, and one thread for each worker.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

@@ -178,9 +178,14 @@ def _uncut(module: nn.Module, device: torch.device) -> list[nn.Parameter]:
         id(parameter)
         for layer in module.modules()
         for parameter in layer.parameters(False)
-        if device.type == "cpu" and not type(layer).__module__.startswith("torch.nn.")
+        if device.type == "cpu" and not _is_torchs(layer)
     }
     return [parameter for parameter in module.parameters() if not parameter.ndim or id(parameter) in bare]
+
+
+def _is_torchs(layer: nn.Module) -> bool:
+    """Whether it is one of torch's layers, or a kind of one, as our ``Linear`` and ``RMSNorm`` are."""
+    return any(kind is not nn.Module and kind.__module__.startswith("torch.nn.") for kind in type(layer).__mro__)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
