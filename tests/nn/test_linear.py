@@ -123,6 +123,14 @@ def test_one_query_attends_as_the_product_says(rows, kv_heads, group, many, size
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_and_values_may_lie_in_different_ways():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1, 6), torch.randn(2, 9, 2, 6).transpose(1, 2)[:, :, 1:8], torch.randn(2, 2, 7, 6)
+    wide = [x.repeat_interleave(2, 1) for x in (k, v)]
+    expected = (q @ wide[0].transpose(-2, -1) / 6**0.5).softmax(-1) @ wide[1]
+    torch.testing.assert_close(one_query(q, k, v), expected)
+
+
 def test_extreme_scores_of_one_query():
     q = torch.tensor([1e4, 0.0]).view(1, 1, 1, 2)
     k = torch.tensor([[1e4, 0.0], [1e4, 0.0], [-1e4, 0.0], [-math.inf, 0.0]]).view(1, 1, 4, 2)
@@ -232,6 +240,7 @@ def test_the_kernels_are_compiled_once(monkeypatch):
         states = decoder(torch.zeros(3, 1, dtype=torch.long), cache=cache)
         linear(torch.randn(4, 6, 128)[:, -1:], decoder.layers[0].attention.project.weight)
         linear(torch.randn(128, 4).T, decoder.layers[0].attention.project.weight)
+        linear(torch.randn(1, 128), torch.randn(128, 200).T)
     assert states.shape == (3, 1, 128)
     assert len(seen) > 15
     assert all(seen)
