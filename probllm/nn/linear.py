@@ -29,13 +29,12 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, as ``torch.nn.functional.linear``: ``[..., N]`` of x ``[..., K]``, weight ``[N, K]``, bias ``[N]``."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_small(x, weight):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_small(x, weight, bias):
         return F.linear(x, weight, bias)
     outer, inner = weight.shape
     found = torch.empty(*x.shape[:-1], outer)
     arguments = (
-        x.contiguous().numpy().reshape(-1, inner), weight.detach().numpy(),
-        _NO_BIAS if bias is None else bias.detach().numpy(), found.numpy().reshape(-1, outer),
+        x.contiguous().numpy().reshape(-1, inner), *_arrays(weight, bias), found.numpy().reshape(-1, outer)
     )  # fmt: skip
     run_shares(kernels.times_transposed, arguments, -(-outer // kernels.CHUNK), _nanoseconds(x, weight))
     return found
@@ -49,26 +48,28 @@ def perceptron(x: Tensor, first: Linear, second: Linear, activation: str) -> Ten
         type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in (first, second)
     ):
         return None  # someone looks at the layers or changes them
-    weights = first.weight, second.weight
-    biases = [None if layer.bias is None else layer.bias.detach().numpy() for layer in (first, second)]
-    if not _is_small(x, weights[0]) or not all(map(_is_readable, weights)) or _nanoseconds(x, weights[0]) > SMALL:
+    if not _is_small(x, first.weight, first.bias) or not _is_readable(second.weight, second.bias):
         return None
-    (hidden, inner), outer = weights[0].shape, len(weights[1])
+    if _nanoseconds(x, first.weight) > SMALL:
+        return None
+    (hidden, inner), outer = first.weight.shape, len(second.weight)
     found, rows = torch.empty(*x.shape[:-1], outer), x.numel() // inner
-    one, other = (_NO_BIAS if bias is None else bias for bias in biases)
-    one_weight, other_weight = (weight.detach().numpy() for weight in weights)
     kernels.perceptron(
-        x.contiguous().numpy().reshape(rows, inner), one_weight, one, activation == "gelu", other_weight, other,
-        np.empty((rows, hidden), np.float32), found.numpy().reshape(rows, outer),
+        x.contiguous().numpy().reshape(rows, inner), *_arrays(first.weight, first.bias), activation == "gelu",
+        *_arrays(second.weight, second.bias), np.empty((rows, hidden), np.float32), found.numpy().reshape(rows, outer),
     )  # fmt: skip
     return found
+
+
+def _arrays(weight: Tensor, bias: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    return weight.detach().numpy(), _NO_BIAS if bias is None else bias.detach().numpy()
 
 
 def _nanoseconds(x: Tensor, weight: Tensor) -> float:
     return weight.numel() * (0.14 + 0.04 * (x.numel() // weight.shape[-1]))
 
 
-def _is_small(x: Tensor, weight: Tensor) -> bool:
+def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel does it, and faster."""
     inner = weight.shape[-1]
     return (
@@ -76,16 +77,15 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
         and weight.numel() >= LEAST_SIZE
         and is_plain(x)
         and x.shape[-1] == inner
-        and _is_readable(weight)
+        and _is_readable(weight, bias)
     )
 
 
-def _is_readable(weight: Tensor) -> bool:
-    return (
-        weight.dtype is torch.float32
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and type(weight) in (nn.Parameter, Tensor)
+def _is_readable(*weights: Tensor | None) -> bool:
+    """Whether the kernels can read them where they lie."""
+    return all(
+        x is None or (x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and type(x) in (nn.Parameter, Tensor))
+        for x in weights
     )
 
 

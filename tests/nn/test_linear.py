@@ -244,3 +244,20 @@ def test_the_kernels_are_compiled_once(monkeypatch):
     assert states.shape == (3, 1, 128)
     assert len(seen) > 15
     assert all(seen)
+
+
+@pytest.mark.parametrize("where", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}])
+def test_layers_of_another_precision_or_device_are_torchs(where):
+    """Nothing of theirs is read as an array before that is known: a GPU's or bfloat16's cannot be."""
+    layer, x = Perceptron(128, 160).eval().to(**where), torch.randn(1, 128).to(**where)
+    attention = SelfAttention(128, 4, causal=True).eval().to(**where)
+    with torch.no_grad():
+        assert perceptron(x, layer.input, layer.output, "gelu") is None
+        assert layer(x).dtype == x.dtype
+        assert layer.input(x).shape == (1, 160)
+        assert attention(x.view(1, 1, 128)).shape == (1, 1, 128)
+
+
+def test_a_bias_of_another_precision_is_refused_as_torch_refuses_it():
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        linear(torch.randn(1, 128), torch.randn(160, 128), torch.randn(160).double())
