@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from probllm.math import room
-from probllm.math.cfg_torch import inside
+from probllm.math.cfg_torch import HardRow, add_hard, hard_rows, inside
 from probllm.math.chain_torch import safe_logsumexp
 from probllm.math.kernels import cfg as kernels
 from probllm.math.kernels.threads import run_shares
-from probllm.math.semirings import LOG
 
 SAFE_RANGE = 30.0  # nats between the rules: a symbol or split that underflows then has no probability above 1e-290
 
@@ -34,7 +33,7 @@ class Kept(NamedTuple):
     leaves: Tensor  # [B, T, M], exp of them, scaled
     arrays: tuple[Any, ...]  # left_leaves, right_leaves, tables, transposed, root, lengths, starts, scales, passed
     log_z: Tensor  # [B]
-    hard: list[tuple[int, tuple[Tensor, ...], Tensor]]  # row, its scores, its log Z
+    hard: list[HardRow]
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, Kept | None]:
@@ -45,13 +44,9 @@ def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Te
     with torch.set_grad_enabled(keep):
         logs = log_leaves(words, unary, root.shape[-1])
     found, flags, tables, leaves, arrays = scaled_inside(spans, rules, root, logs.detach(), lengths)
-    hard = []
-    for row in np.flatnonzero(flags).tolist():
-        own = tuple(x.detach()[row if x.shape[0] > 1 else 0].double().requires_grad_(keep) for x in scores)
-        with torch.set_grad_enabled(keep):
-            value = inside(LOG, tuple(LOG.lift(x) for x in own), lengths[row])[0]
-        found[row] = value.detach()
-        hard.append((row, own, value))
+    hard = hard_rows(inside, scores, lengths, np.flatnonzero(flags).tolist(), keep)
+    for each in hard:
+        found[each.row] = each.log_z.detach()
     if not keep:
         return found, None
     shapes = tuple(x.shape for x in scores)
@@ -130,8 +125,8 @@ def backward(kept: Kept, weights: Tensor) -> tuple[Tensor, ...]:
     width = starts.shape[-1]
     weights = torch.where(kept.log_z > -torch.inf, weights.detach().double(), 0.0)
     easy = weights.clone()
-    for row, _, _ in kept.hard:
-        easy[row] = 0.0
+    for each in kept.hard:
+        easy[each.row] = 0.0
     shares = groups if groups > 1 else max(1, torch.get_num_threads())
     mass, to_leaves = room.zeros((rows, size, size, m)), room.zeros((rows, size, m))
     to_left, to_right = room.zeros(left_leaves.shape), room.zeros(right_leaves.shape)
@@ -165,12 +160,7 @@ def backward(kept: Kept, weights: Tensor) -> tuple[Tensor, ...]:
     d_root = torch.from_numpy(to_root)
     found = [spans, rules, d_root if groups > 1 else d_root.sum(0, keepdim=True), unary]
     found = [x if x.shape == s else x.sum(0, keepdim=True) for x, s in zip(found, kept.shapes, strict=True)]
-    for row, own, value in kept.hard:
-        if bool(torch.isfinite(value)):
-            parts = torch.autograd.grad(value, own, weights[row], retain_graph=True, allow_unused=True)
-            for x, part in zip(found, parts, strict=True):
-                if part is not None:
-                    x[row if x.shape[0] > 1 else 0] += part
+    add_hard(found, kept.hard, weights)
     return tuple(found)
 
 

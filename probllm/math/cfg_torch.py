@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from probllm.math.semirings import Semiring
+from probllm.math.semirings import LOG, Semiring
+
+
+class HardRow(NamedTuple):
+    """A row of a batch that a faster way has left to these sums."""
+
+    row: int
+    scores: tuple[Tensor, ...]  # its own, leaves of a graph
+    log_z: Tensor  # of that graph
+
+
+def hard_rows(
+    twin: Callable[[Semiring, tuple[Tensor, ...], Tensor], Tensor],
+    scores: tuple[Tensor, ...],
+    lengths: Tensor,
+    rows: Iterable[int],
+    keep: bool,
+) -> list[HardRow]:
+    """log Z of some rows by ``inside`` or ``low_rank_inside``; ``keep``: with what ``add_hard`` needs."""
+    found = []
+    for row in rows:
+        own = tuple(x.detach()[row if x.shape[0] > 1 else 0].double().requires_grad_(keep) for x in scores)
+        with torch.set_grad_enabled(keep):
+            value = twin(LOG, tuple(LOG.lift(x) for x in own), lengths[row])[0]
+        found.append(HardRow(row, own, value))
+    return found
+
+
+def add_hard(slopes: list[Tensor], hard: list[HardRow], weights: Tensor) -> None:
+    """Adds weights ``[B]`` times the gradient of log Z of the hard rows to that of the others, in place."""
+    for row, own, value in hard:
+        if bool(torch.isfinite(value)):
+            parts = torch.autograd.grad(value, own, weights[row], retain_graph=True, allow_unused=True)
+            for x, part in zip(slopes, parts, strict=True):
+                if part is not None:
+                    x[row if x.shape[0] > 1 else 0] += part
 
 
 def inside(semiring: Semiring, parts: tuple[Tensor, ...], lengths: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from probllm.math.cfg_scaled import SAFE_RANGE, finite, log_leaves, within
-from probllm.math.cfg_torch import low_rank_inside
+from probllm.math.cfg_torch import HardRow, add_hard, hard_rows, low_rank_inside
 from probllm.math.recursion import Recursion
-from probllm.math.semirings import LOG
 
 LITTLE = -90.0  # products of seven factors whose logarithms are no less do not underflow
 
@@ -25,7 +24,7 @@ LITTLE = -90.0  # products of seven factors whose logarithms are no less do not 
 class _Kept(NamedTuple):
     leaves: tuple[Tensor, ...]  # the scores, leaves of a graph
     log_z: Tensor  # [B], of that graph
-    hard: list[tuple[int, tuple[Tensor, ...], Tensor]]  # row, its scores, its log Z
+    hard: list[HardRow]
 
 
 def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Tensor, _Kept | None]:
@@ -33,13 +32,10 @@ def forward(scores: tuple[Tensor, ...], lengths: Tensor, keep: bool) -> tuple[Te
     leaves = tuple(x.detach().double().requires_grad_(keep) for x in scores)
     with torch.set_grad_enabled(keep):
         log_z, doubt = _scaled(leaves, lengths)
-        hard = []
-        found = log_z.detach().clone()
-        for row in doubt.nonzero().flatten().tolist():
-            own = tuple(x.detach()[row if x.shape[0] > 1 else 0].double().requires_grad_(keep) for x in scores)
-            value = low_rank_inside(LOG, tuple(LOG.lift(x) for x in own), lengths[row])[0]
-            found[row] = value.detach()
-            hard.append((row, own, value))
+    found = log_z.detach().clone()
+    hard = hard_rows(low_rank_inside, scores, lengths, doubt.nonzero().flatten().tolist(), keep)
+    for each in hard:
+        found[each.row] = each.log_z.detach()
     return found, _Kept(leaves, log_z, hard) if keep else None
 
 
@@ -47,16 +43,11 @@ def backward(kept: _Kept, weights: Tensor) -> tuple[Tensor, ...]:
     """weights * the gradient of log Z in the scores, summed over rows that share them."""
     weights = weights.detach().double()
     easy = torch.where(kept.log_z > -torch.inf, weights, 0.0)
-    for row, _, _ in kept.hard:
-        easy[row] = 0.0
+    for each in kept.hard:
+        easy[each.row] = 0.0
     found = list(torch.autograd.grad(kept.log_z, kept.leaves, easy, retain_graph=True, allow_unused=True))
     found = [torch.zeros_like(x) if g is None else g for g, x in zip(found, kept.leaves, strict=True)]
-    for row, own, value in kept.hard:
-        if bool(torch.isfinite(value)):
-            parts = torch.autograd.grad(value, own, weights[row], retain_graph=True, allow_unused=True)
-            for x, part in zip(found, parts, strict=True):
-                if part is not None:
-                    x[row if x.shape[0] > 1 else 0] += part
+    add_hard(found, kept.hard, weights)
     return tuple(found)
 
 
