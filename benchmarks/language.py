@@ -36,7 +36,7 @@ from probllm.evaluation import bootstrap
 from probllm.training import fast_bfloat16
 
 PLACE = Path(os.environ.get("PROBLLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
-COUNTS = ("n-gram", "adaptive")
+MODELS = ("n-gram", "transformer", "mixture", "adaptive", "adaptive-mixture")
 
 
 def read(name: str, folder: Path) -> Task:
@@ -127,10 +127,9 @@ def main() -> None:
                 given.json.write_text(json.dumps(results))
 
         epochs = given.epochs or epochs_within(task, given.core_seconds)
-        training, known = Training(False, epochs, given.folder / name, False, 0), {}
-        chosen = ("n-gram", "transformer", "mixture", "adaptive", "adaptive-mixture")
-        known: dict[str, Learned]
-        for key in chosen:
+        training = Training(False, epochs, given.folder / name, False, 0)
+        known: dict[str, Learned] = {}
+        for key in MODELS:
             begun = time.process_time()
             known[key] = CANDIDATES[key].learn(task, training, known)
             spent = time.process_time() - begun

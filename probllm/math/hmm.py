@@ -147,7 +147,7 @@ def _chain_of(symbols: Tensor, initial: Tensor, transition: Tensor, emission: Te
 
 def _sum_by_symbol(symbols: Tensor, tags: Tensor, size: int) -> Tensor:
     """tags ``[B, T, K]`` summed over the steps with each symbol, ``[K, V]``; 0 on padding."""
-    found = torch.zeros(size, tags.shape[2], dtype=tags.dtype)
+    found = tags.new_zeros(size, tags.shape[2])
     return found.index_add_(0, symbols.reshape(-1), tags.reshape(-1, tags.shape[2])).t()
 
 
@@ -263,6 +263,5 @@ def _counts_of_chain(symbols: Tensor, scores: list[Tensor], lengths: Tensor | No
     if allowed is not None:
         emissions = emissions.masked_fill(~allowed, -torch.inf)
     log_z, gamma, moves = expected_steps(as_chain(emissions, transition, initial, None, lengths))
-    counted = torch.zeros(size, k, dtype=gamma.dtype, device=gamma.device)
-    counted.index_add_(0, symbols.reshape(-1), gamma.reshape(-1, k))
-    return Counts(log_z.to(emissions.dtype), gamma[:, 0].sum(0), moves, counted.t())
+    counted = _sum_by_symbol(symbols, gamma, size)
+    return Counts(log_z.to(emissions.dtype), gamma[:, 0].sum(0), moves, counted)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from probllm.models.language_model import LanguageModel, check_prefix, check_text, last_real
 from probllm.models.model import Batch
-from probllm.nn.decoder import Decoder, longest_text
+from probllm.nn.decoder import Decoder
 from probllm.nn.embeddings import WordEmbedding
 from probllm.nn.linear import linear
 from probllm.nn.pretrained import Head, read_gpt2, read_llama, write_gpt2, write_llama
@@ -66,7 +66,7 @@ class CausalLM(LanguageModel):
 
     @property
     def longest(self) -> int | None:
-        return longest_text(self.decoder)
+        return self.decoder.longest
 
     def logits(self, states: Tensor) -> Tensor:
         """Unnormalised scores ``[..., size]`` of the next token from states ``[..., dim]``."""

@@ -23,7 +23,7 @@ from probllm.distributions.autoregressive import Autoregressive, up_to_end
 from probllm.models.causal_lm import CausalState
 from probllm.models.language_model import check_text, last_real
 from probllm.models.model import Batch, Model, batch_size
-from probllm.nn.decoder import Decoder, longest_text
+from probllm.nn.decoder import Decoder
 from probllm.nn.embeddings import WordEmbedding
 from probllm.nn.encoder import Encoder
 from probllm.nn.linear import linear
@@ -196,7 +196,7 @@ class Seq2Seq(Model):
         if mask is None and not isinstance(inputs, Tensor):
             raise ValueError("max_length is None and the batch has no mask, to know how long a target may be")
         steps = 2 * (inputs.shape[1] if mask is None else int(mask.sum(1).max())) + 10
-        return min(steps, longest_text(self.decoder) or steps)
+        return min(steps, self.decoder.longest or steps)
 
     @torch.no_grad()
     def _draw(self, batch: Batch, steps: int) -> Tensor:
@@ -220,7 +220,7 @@ class GivenSource:
     """An encoder-decoder beside its sources, as a reader of targets for ``probllm.decoding``."""
 
     def __init__(self, model: Seq2Seq, batch: Batch) -> None:
-        self.model, self.size, self.longest = model, model.size, longest_text(model.decoder)
+        self.model, self.size, self.longest = model, model.size, model.decoder.longest
         self._memory, self._mask = model.memory(batch)
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, CausalState]:

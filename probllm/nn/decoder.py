@@ -74,6 +74,12 @@ class Decoder(Configurable, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define new_cache(batch, length)")
 
     @property
+    def longest(self) -> int | None:
+        """Positions that there are, the one before a text included; None: no limit. So many tokens has the longest text
+        that can be written, for nothing follows its last one."""
+        return None
+
+    @property
     def token_weight(self) -> nn.Parameter:
         """The token embeddings ``[vocabulary_size, dim]``, which a tied output layer shares.
 
@@ -93,10 +99,3 @@ class Decoder(Configurable, nn.Module):
             raise ValueError("memory was given to a decoder that was made without memory_dim")
         if self.memory_dim is not None and memory is None and not known:
             raise ValueError(f"memory is None; expected states [batch, length, {self.memory_dim}] to attend to")
-
-
-def longest_text(decoder: Decoder) -> int | None:
-    """Tokens of the longest text that a decoder can write, if it has learned positions; else None. The first position
-    is that of the token before the text, the last one's next token is not read."""
-    table = getattr(decoder, "position_table", None)
-    return None if table is None else len(table)

@@ -320,6 +320,10 @@ class TransformerDecoder(_Stack, Decoder):
             embedding_norm, checkpointing, memory_dim,
         )  # fmt: skip
 
+    @property
+    def longest(self) -> int | None:
+        return None if self.position_table is None else self.max_length
+
     def forward(
         self,
         inputs: Inputs,
