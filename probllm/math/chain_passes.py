@@ -194,7 +194,7 @@ def _forward(scores: list[np.ndarray], tables: Tables, keep: bool) -> ScaledPart
     log_z, flags = np.empty(rows), np.empty(rows, np.int64)
     pieces, cost = groups * ((rows // groups + 3) // 4), 0.02 * rows * steps * k * (k + 32)
     block = 4 * shares_of(pieces, cost)
-    span = _apart(steps, width * dtype.itemsize)
+    span = apart(steps, width * dtype.itemsize)
     q, sums = room.empty((block * span * width,), dtype), np.empty((block, span), dtype)
     alpha = room.empty((rows, steps, width) if keep else (block, 1, width), dtype)
     arguments = (*scores, tables.both, tables.numbers, zeros, keep, q, sums, alpha.reshape(-1), log_z, flags)
@@ -212,7 +212,7 @@ def _both_ways(scores: list[np.ndarray], tables: Tables) -> ScaledPart:
     pieces, cost = groups if groups > 1 else (rows + 3) // 4, 0.05 * rows * steps * k * (k + 32)
     shares = shares_of(pieces, cost)
     n = 4 * (shares - 1) + min(4, rows // groups) if times == 1 else rows
-    span = _apart(steps, width * dtype.itemsize) if times == 1 else steps
+    span = apart(steps, width * dtype.itemsize) if times == 1 else steps
     q, alpha = room.empty((2, n * span * width), dtype)
     sums: np.ndarray = np.empty((n, span), dtype)
     tags = room.empty((rows, steps, k), scores[0].dtype)
@@ -230,7 +230,7 @@ def _both_ways(scores: list[np.ndarray], tables: Tables) -> ScaledPart:
     return ScaledPart(tables, log_z, flags, alpha, tags, pairs)
 
 
-def _apart(steps: int, size: int) -> int:
+def apart(steps: int, size: int) -> int:
     """At least that many steps of so many bytes, such that rows do not begin in the same places of the cache: a step of
     several rows, in several arrays, would not fit in it."""
     return next((n for n in range(steps, steps + 17) if 256 <= n * size % 4096 <= 3840), steps)

@@ -110,18 +110,11 @@ def _with_counts(
         pieces, cost = (rows + 3) // 4, 0.05 * rows * steps * k * (k + 32)
         shares = shares_of(pieces, cost)
         sums = [np.empty((shares, *x.shape), dtype) for x in (initial, transition, emission)]
+        span = passes.apart(steps, tables.both.shape[4] * dtype.itemsize)
         arguments = (
-            symbols.contiguous().numpy(),
-            n,
-            by,
-            initial,
-            emission,
-            tables.both,
-            tables.numbers,
-            log_z,
-            flags,
+            symbols.contiguous().numpy(), n, by, initial, emission, tables.both, tables.numbers, span, log_z, flags,
             *sums,
-        )
+        )  # fmt: skip
         run_shares(categorical_hmm.differentiate, arguments, pieces, cost)
         if not flags.any():
             return log_z, [torch.from_numpy(x[0] if shares == 1 else x.sum(0)) for x in sums]

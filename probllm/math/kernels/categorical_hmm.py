@@ -125,13 +125,14 @@ def count(  # type: ignore[no-untyped-def]
 
 @compiled(fastmath=FAST)
 def differentiate(  # type: ignore[no-untyped-def]
-    symbols, lengths, row_weights, initial, emission, both, numbers, log_z, flags, first_counts, pairs, emitted,
+    symbols, lengths, row_weights, initial, emission, both, numbers, span, log_z, flags, first_counts, pairs, emitted,
     first, step,
 ):  # fmt: skip
     """log p(x) of one share of the blocks of four rows of ``symbols`` [B, T], and its derivatives.
 
     lengths, row_weights [B]; initial [K], emission [K, V]: log probabilities
     both [2, 1, 1, K, P] and numbers [3, 1, 1]: of the transitions, from ``chain_scaled.tables``, without zeros
+    span: at least T, steps from the room of a row to that of the next
     log_z [B] and flags [B] are set: WIDE in all rows if the scores are not all finite or span too much, OUTSIDE for a
         row with a symbol that is not from 0 to V - 1
     first_counts [N, K], pairs [N, K, K] and emitted [N, K, V] are set at N = ``first`` to the expected counts times the
@@ -153,7 +154,6 @@ def differentiate(  # type: ignore[no-untyped-def]
                 log_z[b], flags[b] = 0.0, WIDE
         first_counts[first], pairs[first], emitted[first] = 0, 0, 0
         return
-    span = steps + (16 if (steps * width * both.itemsize + 256) % 4096 < 512 else 0)  # see chain_passes
     q, alpha = np.empty(4 * span * width, dtype), np.empty(4 * span * width, dtype)
     sums, tags = np.empty((4, span), dtype), np.zeros(4 * steps * k + width, dtype)  # read in whole vectors
     steps_of_tags = tags[: 4 * steps * k].reshape(4, steps, k)
