@@ -8,7 +8,7 @@ from torch import Tensor
 
 from probllm.math import chain_torch
 from probllm.math.chain import as_chain, log_partition
-from probllm.math.chain_passes import _apart, expectations, forward
+from probllm.math.chain_passes import apart, expectations, forward
 
 ROWS, STEPS, K = 7, 6, 3
 
@@ -59,7 +59,7 @@ def test_both_ways_give_the_log_z_of_one_way(scale: float) -> None:
 @pytest.mark.parametrize("size", [16, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("steps", [1, 16, 127, 128, 512])
 def test_rows_in_the_room_do_not_begin_in_the_same_places_of_the_cache(size: int, steps: int) -> None:
-    span = _apart(steps, size)
+    span = apart(steps, size)
     assert steps <= span <= steps + 16
     if size <= 2048:
         assert 256 <= span * size % 4096 <= 3840
