@@ -127,7 +127,7 @@ def mixed(counts: str, network: str) -> Callable[[Task, Training, dict[str, Lear
         begun = time.perf_counter()
         parts = [known[counts], known[network]]
         model = MixtureLM([part.model for part in parts], learns=False)
-        model.estimate(judging(task.dev, task.train, size_of(training)))
+        model.estimate(judging(task.dev, task.train, size_of(training)), passes=2)
         model.eval()
         seconds = time.perf_counter() - begun + sum(part.train_seconds for part in parts)
         return Learned(model, seconds, sum(part.parameters for part in parts))

@@ -6,7 +6,8 @@ A log-linear mixture: a model that is sure counts for more than in a sum of prob
 the others gets weight 0. Z sums over all tokens. The weights have a part for all places, one of the token before and
 one of how sure the surest model is. They follow the gradient of log p(x_t) as each token is read (Hinton 1999, products
 of experts; Mahoney 2005, mixing in the logistic domain), so that a model that suits this text gains weight within it:
-each probability depends on the tokens before it alone, and the texts of a length sum to 1.
+each probability depends on the tokens before it alone, and the texts of a length sum to 1. Weights that stay are the
+average of those on the way (Polyak and Juditsky 1992): the last of them suit the end of what was read best.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from probllm.math.kernels import log_linear as kernels
 from probllm.math.kernels.threads import run_shares
 from probllm.models.language_model import LanguageModel, check_text, pieces
 
-RATE, SLOWING = 0.01, 100.0  # steps of the weights: RATE / sqrt(1 + n / SLOWING) where n tokens have been seen
+# Steps of the weights: rate / sqrt(1 + n / SLOWING) where n tokens have been seen; small where they are to be averaged.
+RATE, RATE_OF_AVERAGE, SLOWING = 0.01, 0.001, 100.0
 
 
 class MixtureState:
@@ -29,7 +31,7 @@ class MixtureState:
 
     def __init__(self, states: list[Any], tensors: list[Tensor], rate: float) -> None:
         # tensors: the token before [B], the models' laws [B, M, size], their mixture [B, size], the weights
-        # [B, rows, M], and how many tokens each row of weights has seen [B, rows]
+        # [B, rows, M], how many tokens each row of weights has seen [B, rows], and the sum of its weights after each
         self.states, self.tensors, self.rate = states, tensors, rate
 
     def select(self, rows: Tensor) -> MixtureState:
@@ -77,34 +79,48 @@ class MixtureLM(LanguageModel):
         """Learn the weights from texts that none of the models was trained on, read one after another.
 
         Args:
-            data: examples with ``text``, and perhaps ``prefix``, as ``probllm.data.Dataset`` holds them.
-            passes: how often they are read.
+            data: examples with ``text``, and perhaps ``prefix``, which is read but not learned from, as
+                ``probllm.data.Dataset`` holds them.
+            passes: how often they are read. Weights that do not go on learning are the average over the last pass.
         Returns:
             the ``loss`` of each pass, in nats a token, each token being scored before it is learned from.
         Raises:
-            ValueError: for no data.
+            ValueError: for no data, or passes below 1.
         """
         if not len(data):
             raise ValueError("data is empty: an estimate needs at least one text")
+        if passes < 1:
+            raise ValueError(f"passes: expected at least 1, got {passes}")
         self._forget()
-        learned = [x.cpu().unsqueeze(0) for x in (self.weights, self.seen)]  # moved in place, from text to text
-        history = []
+        learned = self._learned(1)  # moved in place, from text to text
+        weights, seen, sums = learned
+        history, rate = [], RATE if self.learns else RATE_OF_AVERAGE
         for _ in range(passes):
-            total, count = 0.0, 0
+            total, count, before = 0.0, 0, seen.clone()
+            sums.zero_()
             for i in range(len(data)):
                 example = {key: value.unsqueeze(0) for key, value in data[i].items()}
                 prefix = example.get("prefix", example["text"][:, :0])
-                found = self._scores(example["text"], None, *self._start(prefix, None, learned, RATE))
+                law, state = self._start(prefix, None, learned, 0.0)
+                state.rate = rate
+                found = self._scores(example["text"], None, law, state)
                 total, count = total - float(found.sum()), count + found.numel()
             history.append({"loss": total / max(1, count)})
-        self.weights.copy_(learned[0][0])
-        self.seen.copy_(learned[1][0])
+        if not self.learns:
+            read = (seen - before).unsqueeze(-1)
+            weights = torch.where(read > 0, sums / read, weights)
+        self.weights.copy_(weights[0])
+        self.seen.copy_(seen[0])
         return history
+
+    def _learned(self, batch: int) -> list[Tensor]:
+        """The weights, the tokens seen and the sums of the weights, for each text."""
+        kept = (self.weights, self.seen, torch.zeros_like(self.weights))
+        return [x.cpu().repeat(batch, *[1] * x.dim()) for x in kept]
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, MixtureState]:
         check_text(prompt, mask, self.size, "prompt")
-        learned = [x.cpu().repeat(len(prompt), *[1] * x.dim()) for x in (self.weights, self.seen)]
-        return self._start(prompt, mask, learned, RATE if self.learns else 0.0)
+        return self._start(prompt, mask, self._learned(len(prompt)), RATE if self.learns else 0.0)
 
     def _start(
         self, prompt: Tensor, mask: Tensor | None, learned: list[Tensor], rate: float

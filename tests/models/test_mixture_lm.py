@@ -15,7 +15,7 @@ from torch import Tensor
 from probllm.data import Dataset
 from probllm.decoding import Beam, generate
 from probllm.models import AdaptiveNGram, CausalLM, DynamicLM, LanguageModel, MixtureLM, NGramModel
-from probllm.models.mixture_lm import RATE, SLOWING
+from probllm.models.mixture_lm import RATE, RATE_OF_AVERAGE, SLOWING
 from probllm.nn import RecurrentDecoder, TransformerDecoder
 
 SIZE = 3
@@ -44,9 +44,12 @@ def mixed(adaptive: bool = True) -> MixtureLM:
     return MixtureLM(parts(adaptive), learns=adaptive).eval()
 
 
-def by_hand(model: MixtureLM, text: list[int], learns: bool, weights: Tensor, seen: Tensor) -> list[Tensor]:
-    """The laws before each token and after the last, the gradient being that of autograd; weights and seen move on."""
-    laws = []
+def by_hand(
+    model: MixtureLM, text: list[int], rate: float, weights: Tensor, seen: Tensor, read_only: int = 0
+) -> tuple[list[Tensor], list[tuple[int, Tensor]]]:
+    """The laws before each token and after the last, the gradient being that of autograd, and the rows that moved, as
+    they were then; weights and seen move on, but not at the first tokens, ``read_only`` of them."""
+    laws, moved = [], []
     read = [part.start(torch.zeros(1, 0, dtype=torch.long)) for part in model.models]
     for t in range(len(text) + 1):
         x = torch.stack([law[0].detach().double() for law, _ in read])
@@ -57,15 +60,16 @@ def by_hand(model: MixtureLM, text: list[int], learns: bool, weights: Tensor, se
         law = (w @ x).log_softmax(-1)
         laws.append(law.detach())
         if t == len(text):
-            return laws
-        if learns:
+            break
+        if rate and t >= read_only:
             (g,) = torch.autograd.grad(law[text[t]], w)
-            paces = [RATE / math.sqrt(1 + float(seen[row]) / SLOWING) for row in rows]
+            paces = [rate / math.sqrt(1 + float(seen[row]) / SLOWING) for row in rows]
             for row, pace in zip(rows, paces, strict=True):
                 weights[row] += pace * g / (1 + sum(paces) * float(g @ g))
                 seen[row] += 1
+                moved.append((row, weights[row].clone()))
         read = [part.step(torch.tensor([text[t]]), each) for part, (_, each) in zip(model.models, read, strict=True)]
-    return laws
+    return laws, moved
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -77,7 +81,7 @@ def test_each_law_is_the_normalised_product_and_the_weights_follow_the_gradient(
     torch.manual_seed(seed)
     model.weights.copy_(torch.randn_like(model.weights))
     model.seen.copy_(100 * torch.rand_like(model.seen))
-    laws = by_hand(model, text, adaptive, model.weights.clone(), model.seen.clone())
+    laws, _ = by_hand(model, text, RATE if adaptive else 0.0, model.weights.clone(), model.seen.clone())
     first, state = model.start(torch.zeros(1, 0, dtype=torch.long))
     after, _ = model.advance(torch.tensor([text]), state)
     torch.testing.assert_close(torch.cat([first, after[0]]), torch.stack(laws), rtol=1e-5, atol=1e-5)
@@ -97,7 +101,7 @@ def test_weights_are_learned_from_one_text_after_another_and_lower_the_loss() ->
     scores = []
     for row in data.examples:
         text = row["text"].tolist()
-        laws = by_hand(model, text, True, weights, seen)
+        laws, _ = by_hand(model, text, RATE, weights, seen)
         scores += [float(law[token]) for law, token in zip(laws, text, strict=False)]
     history = model.estimate(data)
     assert history == [{"loss": pytest.approx(-sum(scores) / len(scores))}]
@@ -109,6 +113,43 @@ def test_weights_are_learned_from_one_text_after_another_and_lower_the_loss() ->
     tokens = int(batch["mask"].sum())  # type: ignore[union-attr]
     alone = [-float(part.token_log_probs(batch).sum()) / tokens for part in model.models]
     assert -float(model.token_log_probs(batch).sum()) / tokens < min(alone)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=3), st.lists(st.integers(0, 2), min_size=1, max_size=5)),
+                min_size=1, max_size=3), st.integers(1, 3))  # fmt: skip
+def test_weights_that_stay_are_averaged_over_the_last_pass_and_do_not_learn_from_prefixes(
+    rows: list[tuple[list[int], list[int]]], passes: int
+) -> None:
+    model = mixed(adaptive=False)
+    weights, seen = model.weights.clone(), model.seen.clone()
+    for _ in range(passes):
+        moved: dict[int, list[Tensor]] = {}
+        for prefix, text in rows:
+            for row, value in by_hand(model, prefix + text, RATE_OF_AVERAGE, weights, seen, len(prefix))[1]:
+                moved.setdefault(row, []).append(value)
+    for row, values in moved.items():
+        weights[row] = torch.stack(values).mean(0)
+    model.estimate(
+        Dataset([{"prefix": torch.tensor(a, dtype=torch.long), "text": torch.tensor(b)} for a, b in rows]), passes
+    )
+    torch.testing.assert_close(model.weights, weights, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(model.seen, seen)
+
+
+def test_weights_that_stay_suit_all_of_the_text_and_not_its_end() -> None:
+    """Two models, each of which knows one half of the text; the second half comes last."""
+    first, second = NGramModel(SIZE, 1), NGramModel(SIZE, 1)
+    first.estimate(Dataset([{"text": torch.tensor([0] * 50 + [1] * 3 + [2])}]))
+    second.estimate(Dataset([{"text": torch.tensor([1] * 50 + [0] * 3 + [2])}]))
+    text = Dataset([{"text": torch.tensor([0] * 20_000 + [1] * 20_000)}])
+    losses = []
+    for learns in (False, True):
+        model = MixtureLM([first, second], learns)
+        model.estimate(text)
+        fixed = MixtureLM([first, second], learns=False)
+        fixed.weights.copy_(model.weights)
+        losses.append(-float(fixed.log_prob({"text": torch.tensor([[0, 1] * 50])})))
+    assert losses[0] < losses[1] - 5
 
 
 def test_reading_leaves_the_weights_of_the_estimate_alone() -> None:
@@ -200,3 +241,5 @@ def test_models_of_other_tokens_are_refused() -> None:
         MixtureLM([])
     with pytest.raises(ValueError, match="data is empty"):
         mixed().estimate(Dataset([]))
+    with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
+        mixed().estimate(texts(), passes=0)

@@ -52,9 +52,10 @@ def mixed(laws, rows, weights, sums, found):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def learn(token, laws, law, rows, rate, slowing, weights, seen, gradient):  # type: ignore[no-untyped-def]
+def learn(token, laws, law, rows, rate, slowing, weights, seen, sums, gradient):  # type: ignore[no-untyped-def]
     """Moves the weights along the gradient of log p(token), by steps that get shorter as 1 / sqrt(1 + n / slowing), n
-    the tokens that a row has seen, and that are bounded however steep the gradient is. gradient [M]: room."""
+    the tokens that a row has seen, and that are bounded however steep the gradient is; sums [rows, M] adds up the
+    weights after each of these tokens. gradient [M]: room."""
     steepness, step = 0.0, 0.0
     for m in range(laws.shape[0]):
         expected = 0.0
@@ -70,14 +71,16 @@ def learn(token, laws, law, rows, rate, slowing, weights, seen, gradient):  # ty
         seen[row] += 1.0
         for m in range(laws.shape[0]):
             weights[row, m] += pace * gradient[m]
+            sums[row, m] += weights[row, m]
 
 
 @compiled()
-def read(tokens, real, laws, rate, slowing, before, last, law, weights, seen, found, first, step):  # type: ignore[no-untyped-def]
+def read(tokens, real, laws, rate, slowing, before, last, law, weights, seen, sums, found, first, step):  # type: ignore[no-untyped-def]
     """Reads tokens [B, L], where they are real: found [B, L, size] has the log of the mixture after each.
 
     laws [B, L, M, size]: those after each token. before [B]: the token before, last [B, M, size] the laws after it and
-    law [B, size] their mixture; weights [B, rows, M] and seen [B, rows]: all of these move on. rate 0: weights stay.
+    law [B, size] their mixture; weights [B, rows, M], seen [B, rows] and sums [B, rows, M]: all of these move on.
+    rate 0: weights stay.
     """
     count, size = last.shape[1:]
     rows, room = np.empty(3, np.int64), np.empty(count)
@@ -86,7 +89,7 @@ def read(tokens, real, laws, rate, slowing, before, last, law, weights, seen, fo
             if real[b, t]:
                 if rate > 0:
                     rows_of(last[b], before[b], size, rows)
-                    learn(tokens[b, t], last[b], law[b], rows, rate, slowing, weights[b], seen[b], room)
+                    learn(tokens[b, t], last[b], law[b], rows, rate, slowing, weights[b], seen[b], sums[b], room)
                 before[b] = tokens[b, t]
                 last[b] = laws[b, t]
                 rows_of(last[b], before[b], size, rows)
