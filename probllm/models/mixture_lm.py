@@ -100,6 +100,7 @@ class MixtureLM(LanguageModel):
             sums.zero_()
             for i in range(len(data)):
                 example = {key: value.unsqueeze(0) for key, value in data[i].items()}
+                check_text(example["text"], None, self.size, "text")
                 prefix = example.get("prefix", example["text"][:, :0])
                 law, state = self._start(prefix, None, learned, 0.0)
                 state.rate = rate

@@ -243,3 +243,5 @@ def test_models_of_other_tokens_are_refused() -> None:
         mixed().estimate(Dataset([]))
     with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
         mixed().estimate(texts(), passes=0)
+    with pytest.raises(ValueError, match="text: expected tokens from 0 to 2, got 3 to 3"):
+        mixed().estimate(Dataset([{"text": torch.tensor([3, 3])}]))
