@@ -108,8 +108,7 @@ class MixtureLM(LanguageModel):
                 total, count = total - float(found.sum()), count + found.numel()
             history.append({"loss": total / max(1, count)})
         if not self.learns:
-            read = (seen - before).unsqueeze(-1)
-            weights = torch.where(read > 0, sums / read, weights)
+            weights = sums / (seen - before).clamp_min(1).unsqueeze(-1)  # a row that nothing was read by is 0
         self.weights.copy_(weights[0])
         self.seen.copy_(seen[0])
         return history
