@@ -7,7 +7,8 @@ the others gets weight 0. Z sums over all tokens. The weights have a part for al
 one of how sure the surest model is. They follow the gradient of log p(x_t) as each token is read (Hinton 1999, products
 of experts; Mahoney 2005, mixing in the logistic domain), so that a model that suits this text gains weight within it:
 each probability depends on the tokens before it alone, and the texts of a length sum to 1. Weights that stay are the
-average of those on the way (Polyak and Juditsky 1992): the last of them suit the end of what was read best.
+average of those on the way (Polyak and Juditsky 1992): the last of them suit the end of what was read best. A log p_m
+below -100, a forbidden token's among them, counts as -100.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class MixtureState:
 
     def __init__(self, states: list[Any], tensors: list[Tensor], rate: float) -> None:
         # tensors: the token before [B], the models' laws [B, M, size], their mixture [B, size], the weights
-        # [B, rows, M], how many tokens each row of weights has seen [B, rows], and the sum of its weights after each
+        # [B, rows, M], how many tokens each row of weights has seen [B, rows], and where an average is wanted the sum
+        # of its weights after each [B, rows, M], else [B, 0, M]
         self.states, self.tensors, self.rate = states, tensors, rate
 
     def select(self, rows: Tensor) -> MixtureState:
@@ -92,7 +94,7 @@ class MixtureLM(LanguageModel):
         if passes < 1:
             raise ValueError(f"passes: expected at least 1, got {passes}")
         self._forget()
-        learned = self._learned(1)  # moved in place, from text to text
+        learned = self._learned(1, averaged=not self.learns)  # moved in place, from text to text
         weights, seen, sums = learned
         history, rate = [], RATE if self.learns else RATE_OF_AVERAGE
         for _ in range(passes):
@@ -113,9 +115,9 @@ class MixtureLM(LanguageModel):
         self.seen.copy_(seen[0])
         return history
 
-    def _learned(self, batch: int) -> list[Tensor]:
-        """The weights, the tokens seen and the sums of the weights, for each text."""
-        kept = (self.weights, self.seen, torch.zeros_like(self.weights))
+    def _learned(self, batch: int, averaged: bool = False) -> list[Tensor]:
+        """The weights, the tokens seen and, if they are to be averaged, room for sums of the weights, for each text."""
+        kept = (self.weights, self.seen, torch.zeros_like(self.weights if averaged else self.weights[:0]))
         return [x.cpu().repeat(batch, *[1] * x.dim()) for x in kept]
 
     def start(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, MixtureState]:

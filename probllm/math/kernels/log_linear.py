@@ -55,7 +55,7 @@ def mixed(laws, rows, weights, sums, found):  # type: ignore[no-untyped-def]
 def learn(token, laws, law, rows, rate, slowing, weights, seen, sums, gradient):  # type: ignore[no-untyped-def]
     """Moves the weights along the gradient of log p(token), by steps that get shorter as 1 / sqrt(1 + n / slowing), n
     the tokens that a row has seen, and that are bounded however steep the gradient is; sums [rows, M] adds up the
-    weights after each of these tokens. gradient [M]: room."""
+    weights after each of these tokens, unless it has no rows. gradient [M]: room."""
     steepness, step = 0.0, 0.0
     for m in range(laws.shape[0]):
         expected = 0.0
@@ -71,7 +71,8 @@ def learn(token, laws, law, rows, rate, slowing, weights, seen, sums, gradient):
         seen[row] += 1.0
         for m in range(laws.shape[0]):
             weights[row, m] += pace * gradient[m]
-            sums[row, m] += weights[row, m]
+            if len(sums):
+                sums[row, m] += weights[row, m]
 
 
 @compiled()
@@ -79,7 +80,7 @@ def read(tokens, real, laws, rate, slowing, before, last, law, weights, seen, su
     """Reads tokens [B, L], where they are real: found [B, L, size] has the log of the mixture after each.
 
     laws [B, L, M, size]: those after each token. before [B]: the token before, last [B, M, size] the laws after it and
-    law [B, size] their mixture; weights [B, rows, M], seen [B, rows] and sums [B, rows, M]: all of these move on.
+    law [B, size] their mixture; weights [B, rows, M], seen [B, rows] and sums [B, rows or 0, M]: all of these move on.
     rate 0: weights stay.
     """
     count, size = last.shape[1:]
